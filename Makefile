@@ -1,0 +1,33 @@
+# The first Python at or above 3.11, tried by running it: a version manager's shim exists for versions that do not.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo check test test-all bench
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "efficientllm needs Python 3.11 or later; name one: make install PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m efficientllm.demo
+
+check: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/pytest
+
+bench:
+	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark scripts"
+	@echo "Run one with $(BIN)/python; benchmarks/README.md holds commands and results."

@@ -1,0 +1,1 @@
+"""Where a model comes from and where it goes: folders, the hub, text on a terminal."""

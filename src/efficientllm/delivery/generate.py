@@ -1,0 +1,35 @@
+"""Text from a model, streamed to the terminal."""
+
+from efficientllm.delivery.load import load_model, load_tokenizer
+
+
+def generate_text(
+    model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, trust_remote_code: bool
+) -> int:
+    """Prints the prompt and what the model makes of it, token by token; temperature 0 takes the likeliest.
+
+    Raises:
+        UnsupportedModelError: the model or its tokenizer cannot be loaded.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.to(device)  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    if not ids.numel():  # an empty prompt, and no BOS that the tokenizer adds
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids = torch.tensor([[start or 0]])
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    loaded.generate(  # type: ignore[operator]
+        ids.to(device),
+        attention_mask=torch.ones_like(ids).to(device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
+        **sampling,
+    )
+    return 0

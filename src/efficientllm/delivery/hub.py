@@ -1,0 +1,40 @@
+"""Uploads a finished model to the Hugging Face hub."""
+
+from pathlib import Path
+
+from efficientllm.errors import ConfigError
+
+
+def push(run: str, repo: str, *, private: bool) -> int:
+    """Uploads RUN/model, or a plain model folder, to the hub repository `repo` (made if it is not there).
+
+    Raises:
+        ConfigError: no such folder, an unfinished run, no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    folder = _model_folder(Path(run).expanduser(), run)
+    if get_token() is None:
+        raise ConfigError(f"push to {repo}: no hub token found; run 'hf auth login' or set HF_TOKEN")
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by efficientllm")
+    except Exception as error:  # the hub's errors share no type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"push to {repo}: the hub refuses or is out of reach ({reason}); check name, token and connection"
+        ) from None
+    print(url)
+    return 0
+
+
+def _model_folder(path: Path, run: str) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"push {run}: no such folder; name a run folder or a model folder")
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"push {run}: the run is not finished, it has no model/; finish it with prune --resume")
+    raise ConfigError(f"push {run}: holds neither model/ nor a config.json with safetensors; name a run folder")

@@ -1,0 +1,47 @@
+"""Numbers as people write them: `134M`, `8.6B`, `1Mi`."""
+
+from decimal import Decimal, InvalidOperation
+
+from efficientllm.errors import ConfigError
+
+SUFFIXES = {
+    "": 1,
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "B": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+}
+
+
+def parse_count(text: str | int, name: str = "number") -> int:
+    """Returns the whole number that `text` stands for: digits with an optional k, M, B, T or Ki, Mi, Gi.
+
+    Raises:
+        ConfigError: if the text is no number, has another suffix, or is not whole.
+    """
+    stripped = str(text).strip().replace("_", "")
+    digits = stripped.rstrip("kKMBTGi")
+    suffix = stripped[len(digits) :]
+    try:
+        value = Decimal(digits) * SUFFIXES[suffix]
+        whole = int(value)
+    except (InvalidOperation, KeyError, ValueError, OverflowError):
+        raise ConfigError(
+            f"{name}: '{text}' is not a number; write digits with an optional k, M, B, T (decimal) or Ki, Mi, Gi"
+        ) from None
+    if value != whole:
+        raise ConfigError(f"{name}: '{text}' is not a whole number")
+    return whole
+
+
+def format_count(value: float) -> str:
+    """Returns a count in three digits or so with a decimal suffix: 134M, 8.6B, 512."""
+    for suffix, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.0f}{suffix}" if scaled >= 100 else f"{scaled:.3g}{suffix}"
+    return f"{value:.0f}"

@@ -1,0 +1,84 @@
+"""Inputs of the consumers, kept from the forward pass that trains, for the second-order update (method.md section 6)."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficientllm.pruning.compensation import absorb_all
+from efficientllm.pruning.removal import entries
+from efficientllm.space.dims import Space
+
+ROW_CAP = 8192  # rows of X kept per layer input and step; never fewer than twice the in-channels
+
+
+class InputSampler:
+    """Keeps up to ROW_CAP rows of every distinct consumer input of a step; `clear` forgets them.
+
+    The rows are views of activations, so without gradient accumulation they cost what keeping those alive costs.
+    """
+
+    def __init__(self, model: nn.Module, space: Space) -> None:
+        self.rows: dict[str, list[Tensor]] = defaultdict(list)
+        self._hooks = [
+            model.get_submodule(readers[0]).register_forward_pre_hook(self._keep(readers[0]))
+            for readers in {tuple(names): names for names in consumer_inputs(space).values()}.values()
+        ]
+
+    def inputs(self, reader: str) -> Tensor:
+        """Returns the kept rows (rows, in) of one input, by the name of its first reader."""
+        return torch.cat(self.rows[reader])
+
+    def clear(self) -> None:
+        self.rows.clear()
+
+    def close(self) -> None:
+        self.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, reader: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not module.training or not torch.is_grad_enabled():
+                return  # evaluation, or the first pass of a checkpointed block
+            X = args[0].detach().flatten(0, -2)
+            room = max(ROW_CAP, 2 * X.shape[-1]) - sum(len(rows) for rows in self.rows[reader])
+            if room > 0:
+                self.rows[reader].append(X[:: -(-len(X) // room)])
+
+        return keep
+
+
+def consumer_inputs(space: Space) -> dict[tuple[str, str], list[str]]:
+    """Returns the modules that read each distinct input, by (parent module, kind of in-channel); the head is none of them."""
+    readers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for dim in space.dims():
+        for slot in dim.slots:
+            module = slot.param.rpartition(".")[0]
+            if slot.role == "consumer" and slot.axis == 1 and not module.endswith("lm_head"):
+                channel = "query" if dim.kind == "kv" else dim.kind
+                names = readers[module.rpartition(".")[0], channel]
+                if module not in names:
+                    names.append(module)
+    return dict(readers)
+
+
+@torch.no_grad()
+def compensate_(model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler) -> None:
+    """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input."""
+    removed: dict[str, set[int]] = defaultdict(set)
+    for dim in space.dims():
+        if units.get(dim.name):
+            for slot in dim.slots:
+                if slot.role == "consumer" and slot.axis == 1:
+                    module = slot.param.rpartition(".")[0]
+                    removed[module].update(entries(slot.start, slot.block, units[dim.name]).tolist())
+    for names in consumer_inputs(space).values():
+        if names[0] in removed and sampler.rows[names[0]]:
+            layers = [model.get_submodule(name) for name in names]
+            X = sampler.inputs(names[0])
+            columns = torch.tensor(sorted(removed[names[0]]), device=X.device)
+            for layer, updated in zip(layers, absorb_all([layer.weight for layer in layers], X, columns), strict=True):
+                layer.weight.copy_(updated)

@@ -1,0 +1,39 @@
+"""Llama's config refuses hidden sizes that its heads do not divide; Mistral's does not, and is the same function."""
+
+from torch import nn
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
+
+from efficientllm.space.limits import has_llama_bias
+
+
+def mistral_config(config: LlamaConfig) -> MistralConfig:
+    """Returns the Mistral config of a bias-free Llama: same keys, same function, any shape (architecture.md section 5)."""
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
+        values.pop(name, None)
+    values["sliding_window"] = None
+    values["head_dim"] = config.head_dim
+    mistral = MistralConfig(**values)
+    mistral._attn_implementation = config._attn_implementation
+    return mistral
+
+
+def llama_config(config: MistralConfig) -> LlamaConfig:
+    """Returns the Llama config of a Mistral without a window, for a shape that Llama accepts."""
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "sliding_window", "transformers_version"):
+        values.pop(name, None)
+    return LlamaConfig(**values, attention_bias=False, mlp_bias=False)
+
+
+def relabel_llama_(model: nn.Module) -> None:
+    """Gives a bias-free Llama a Mistral's config and class name, so that `save_pretrained` works at every size."""
+    config = model.config
+    if config.model_type != "llama" or has_llama_bias(config):
+        return
+    relabelled = mistral_config(config)
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = relabelled
+    if type(model).__name__ == "LlamaForCausalLM":
+        model.__class__ = MistralForCausalLM

@@ -1,0 +1,129 @@
+"""Which shapes are legal: floors, tiles, and what a family's config accepts (architecture.md section 5)."""
+
+from dataclasses import dataclass
+from math import gcd, lcm
+from typing import Any
+
+from efficientllm.errors import BudgetError
+from efficientllm.numbers import format_count
+from efficientllm.space.dims import KINDS, Shape, Space
+from efficientllm.space.families import HEADS_DIVIDE_HIDDEN
+
+ROUND_ABOVE = 10_000_000  # parameters from which widths are kept at multiples of 64
+DEFAULT_FLOORS = {"hidden": 32, "ffn": 32, "kv": 1, "query": 1}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The legal sizes of every bundle: `source`, or a multiple of `tile` from `floor` up.
+
+    Attributes:
+        source: the shape pruning starts from.
+        tile: units that must go together before the shape is legal again; 1 lets every size stand.
+        floor: the least legal size; equal to the source where a kind cannot shrink.
+        notes: why a kind is frozen or has another tile than was asked, by kind.
+    """
+
+    source: Shape
+    tile: dict[str, int]
+    floor: Shape
+    notes: dict[str, str]
+
+    def close(self, shape: Shape) -> Shape:
+        """Returns the shape with every open tile completed: the next legal shape at or below it."""
+        return {kind: self.close_kind(kind, size) for kind, size in shape.items()}
+
+    def close_kind(self, kind: str, size: int) -> int:
+        return size if size == self.source[kind] else size - size % self.tile[kind]
+
+    def legal_sizes(self, kind: str, largest: int) -> list[int]:
+        """Returns the legal sizes of a kind from the least to `largest`, itself a legal size."""
+        tile, floor = self.tile[kind], self.floor[kind]
+        if floor == self.source[kind]:
+            return [floor]
+        sizes = list(range(floor, largest + 1, tile))
+        return sizes if sizes and sizes[-1] == largest else [*sizes, largest]
+
+
+def find_limits(
+    space: Space,
+    config: Any,
+    *,
+    round_to: int | None = None,
+    min_ffn: int | None = None,
+    min_hidden: int | None = None,
+    min_kv: int | None = None,
+) -> Limits:
+    """Returns the legal shapes of a model.
+
+    `round_to` is a property of the result: FFN and hidden widths, and the columns of O, stay multiples of it (default 1
+    below 10M parameters, 64 above). A kind that cannot be rounded so, or that the family's config would refuse, is frozen.
+    """
+    source = space.shape
+    if round_to is None:
+        round_to = 64 if space.num_params(source) >= ROUND_ABOVE else 1
+    if round_to < 1:
+        raise BudgetError(f"--round-to {round_to}: must be at least 1")
+    asked = {"hidden": min_hidden, "ffn": min_ffn, "kv": min_kv, "query": None}
+    tile = {"hidden": round_to, "ffn": round_to, "kv": round_to // gcd(round_to, space.head_dim), "query": 1}
+    notes: dict[str, str] = {}
+    frozen: set[str] = set()
+    if source["kv"] * space.head_dim % round_to:
+        frozen.add("query")
+        notes["query"] = f"O's columns would not stay multiples of {round_to}"
+    if needs_heads_divide_hidden(config):
+        heads = lcm(*(kv * query for kv in range(1, source["kv"] + 1) for query in range(1, source["query"] + 1)))
+        if source["hidden"] % heads == 0:
+            tile["hidden"] = lcm(tile["hidden"], heads)
+        else:
+            frozen |= {"kv", "query"}
+            tile["hidden"] = lcm(tile["hidden"], source["kv"] * source["query"])
+            notes["kv"] = notes["query"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
+        if tile["hidden"] != round_to:
+            notes["hidden"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
+    floor: Shape = {}
+    for kind in KINDS:
+        size, unit = source[kind], tile[kind]
+        least = DEFAULT_FLOORS[kind] if asked[kind] is None else asked[kind]
+        if least is None or least < 1:
+            raise BudgetError(f"--min-{kind} {least}: no layer is ever emptied, so it must be at least 1")
+        least = -(-least // unit) * unit
+        if kind in frozen or least >= size:
+            if kind not in frozen and asked[kind] is None and unit < size and size % unit == 0:
+                least = unit
+            else:
+                least = size
+        floor[kind] = least
+    return Limits(source, tile, floor, notes)
+
+
+def needs_heads_divide_hidden(config: Any) -> bool:
+    """Returns whether the family's config refuses hidden sizes that the number of heads does not divide."""
+    if config.model_type == "llama":
+        return has_llama_bias(config)
+    return config.model_type in HEADS_DIVIDE_HIDDEN
+
+
+def has_llama_bias(config: Any) -> bool:
+    return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
+
+
+def check_target(space: Space, limits: Limits, target: int, name: str = "--target-params") -> None:
+    """Raises BudgetError if the target lies above the source or below the smallest reachable size."""
+    source = space.num_params(limits.source)
+    least = space.num_params(limits.floor)
+    if target < 1:
+        raise BudgetError(f"{name} {target}: must be a positive number of parameters")
+    if target > source:
+        raise BudgetError(
+            f"{name} {format_count(target)} ({target:,}) is above the source's {source:,} parameters; "
+            "ask for the source's size or less"
+        )
+    if target < least:
+        floors = ", ".join(f"{kind} {limits.floor[kind]}" for kind in KINDS)
+        embedding = space.vocab_size * limits.floor["hidden"]
+        raise BudgetError(
+            f"{name} {format_count(target)} ({target:,}) is below the smallest reachable size {least:,} (the embedding "
+            f"alone holds {embedding:,}; floors: {floors}). Raise {name} or lower --min-hidden, --min-ffn, --min-kv "
+            "or --round-to."
+        )

@@ -1,0 +1,240 @@
+"""What a run is: every flag of `prune` with its default, read from flags and YAML alike. Imports no torch."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+from efficientllm.errors import ConfigError
+from efficientllm.numbers import parse_count
+
+PACES = ("prune_tokens", "slot_steps", "removals_per_step")
+
+
+def _flag(default: Any, help: str, metavar: str | None = "N", choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help, "metavar": "|".join(choices) or metavar, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One `prune` run. Counts are plain integers; None means: derived from the model or the machine."""
+
+    model: str = _flag("", "folder or hub id of the source model", "MODEL")
+    data: tuple[str, ...] = _flag((), "file, folder or hub data set, with =WEIGHT in a mixture (repeat)", "DATA")
+    target_params: int | None = _flag(None, "parameters to end with, such as 134M")
+    out: str = _flag("", "run folder to write", "RUN")
+    prune_tokens: int | None = _flag(None, "pace: tokens of the pruning phase")
+    tokens: int = _flag(0, "all tokens of the run, the pruning phase included")
+    valid: str | None = _flag(None, "validation data (default: 0.5%% of the documents)", "DATA")
+    valid_tokens: int = _flag(1_000_000, "most tokens to validate on")
+    text_field: str = _flag("text", "field of a row that holds the text", "NAME")
+    txt_split: str = _flag("file", "what a document is in a .txt", choices=("line", "blank", "file"))
+    document_separator: str | None = _flag(
+        None, "token around a document (default: bos if there is one, else eos)", choices=("bos", "eos", "both", "none")
+    )
+    seq_len: int = _flag(2048, "tokens of a row")
+    batch_tokens: int = _flag(2**20, "tokens of an optimizer step")
+    micro_batch_size: int | None = _flag(None, "rows of a forward pass (default: fits the machine)")
+    lr: float | None = _flag(None, "peak learning rate (default: by the source's size)", "X")
+    seed: int = _flag(0, "seed of data order and initial weights")
+    init: str = _flag("pretrained", "weights to start from", choices=("pretrained", "scratch"))
+    compensate: bool = _flag(False, "second-order update of the weights that stay")
+    saliency: str = _flag("first", "Taylor order of the saliency", choices=("first", "fisher"))
+    score: str = _flag("output", "matrices that are scored", choices=("output", "all"))
+    score_ema: float = _flag(0.0, "moving average of the saliency, 0 to below 1", "X")
+    slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
+    removals_per_step: float | None = _flag(None, "pace: removals a step", "K")
+    round_to: int | None = _flag(None, "multiple that the result's sizes have (default: 1 below 10M parameters, else 64)")
+    min_ffn: int | None = _flag(None, "smallest feed-forward width of a layer")
+    min_hidden: int | None = _flag(None, "smallest hidden size")
+    min_kv: int | None = _flag(None, "fewest key-value heads of a layer")
+    save_at: tuple[int, ...] = _flag((), "size at which to save a model on the way (repeat)")
+    dtype: str | None = _flag(
+        None, "dtype of the result's weights (default: the source's)", choices=("float32", "bf16", "fp16")
+    )
+    eval_every: int | None = _flag(None, "steps between validations")
+    checkpoint_every: int | None = _flag(None, "steps between checkpoints")
+    activation_checkpointing: bool = _flag(False, "compute activations again in the backward pass to save memory")
+    log_to: str | None = _flag(None, "also log there", choices=("tensorboard", "wandb"))
+    trust_remote_code: bool = _flag(False, "run the code that comes with the model")
+
+
+FIELDS = {each.name: each for each in fields(RunConfig)}
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field: `--batch-tokens` for `batch_tokens`; MODEL has none."""
+    return "MODEL" if name == "model" else "--" + name.replace("_", "-")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that is spelled most like `name`."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
+
+
+def known_keys(mapping: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """The mapping with field names for keys, dashes made underscores.
+
+    Raises:
+        ConfigError: a key is no field, with the nearest one, or stands there twice.
+    """
+    named: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = str(key).replace("-", "_")
+        if name not in FIELDS:
+            raise ConfigError(f"{where}: unknown key '{key}'; did you mean {nearest(name, FIELDS)}?")
+        if name in named:
+            raise ConfigError(f"{where}: '{key}' stands there twice, with a dash and an underscore; keep one")
+        named[name] = value
+    return named
+
+
+def _scalar(name: str, kind: type, value: Any) -> Any:
+    """`value` as a str, int, float or bool; a text is read the way a flag is."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{flag_name(name)}: '{value}' is not true or false")
+        return value
+    if isinstance(value, bool | list | tuple | dict):
+        raise ConfigError(f"{flag_name(name)}: {value} is not a single {'text' if kind is str else 'number'}")
+    if kind is int:
+        return parse_count(value, flag_name(name))
+    if kind is str:
+        return str(value)
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{flag_name(name)}: '{value}' is not a number; write 5e-4 or 0.0005") from None
+
+
+def _value(name: str, value: Any) -> Any:
+    kind: Any = FIELDS[name].type
+    if value is None:
+        return FIELDS[name].default
+    if isinstance(kind, UnionType):
+        kind = get_args(kind)[0]
+    if kind in (str, int, float, bool):
+        return _scalar(name, kind, value)
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple(_scalar(name, get_args(kind)[0], item) for item in items)
+
+
+def from_dict(mapping: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """The config that a mapping stands for: names with dashes or underscores, counts also as '134M'; null is the default.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is not of the field's kind.
+    """
+    return RunConfig(**{name: _value(name, value) for name, value in known_keys(mapping, where).items()})
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Every field with its value as JSON and YAML know it: lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The config as YAML, every field in the order of RunConfig."""
+    import yaml  # type: ignore[import-untyped]
+
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields that a YAML file sets, values as they stand there.
+
+    Raises:
+        ConfigError: no such file, not YAML, no mapping, or an unknown key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(content or {}, dict):
+        raise ConfigError(f"--config {path}: holds a {type(content).__name__}; write one 'flag: value' a line")
+    return known_keys(content or {}, f"--config {path}")
+
+
+def load_yaml(path: str | Path) -> RunConfig:
+    """The config that a YAML file holds.
+
+    Raises:
+        ConfigError: as `read_yaml` and `from_dict`.
+    """
+    return from_dict(read_yaml(path), f"--config {path}")
+
+
+def validate(config: RunConfig, complete: bool = True) -> None:
+    """Checks what needs no model. Without `complete` (a plan, a printout) what is not given is not missed.
+
+    Raises:
+        ConfigError: a value or combination that no run can have.
+    """
+    _check_values(config)
+    if complete:
+        for name in ("model", "data", "target_params", "tokens", "out"):
+            if not getattr(config, name) and name != "model":
+                example = f"{flag_name(name)} {FIELDS[name].metadata['metavar']}"
+                raise ConfigError(f"{flag_name(name)} is missing; add {example} or '{name}' in --config")
+            if not getattr(config, name):
+                raise ConfigError("MODEL is missing; name a folder or hub id")
+    given = [name for name in PACES if getattr(config, name) is not None]
+    if len(given) > 1 or (complete and not given):
+        found = " and ".join(flag_name(name) for name in given) or "none of them"
+        raise ConfigError(
+            f"exactly one of --prune-tokens, --slot-steps, --removals-per-step sets the pace, found {found}; give one"
+        )
+    if config.prune_tokens is not None and config.tokens and config.prune_tokens > config.tokens:
+        raise ConfigError(
+            f"--prune-tokens {config.prune_tokens} is above --tokens {config.tokens}, which counts the pruning phase too; "
+            f"raise --tokens or lower --prune-tokens"
+        )
+    if config.batch_tokens % config.seq_len:
+        near = max(config.batch_tokens // config.seq_len, 1) * config.seq_len
+        raise ConfigError(
+            f"--batch-tokens {config.batch_tokens} is no multiple of --seq-len {config.seq_len}; try --batch-tokens {near}"
+        )
+    rows = config.batch_tokens // config.seq_len
+    if config.micro_batch_size is not None and rows % config.micro_batch_size:
+        near = max(size for size in range(1, min(rows, config.micro_batch_size) + 1) if rows % size == 0)
+        raise ConfigError(
+            f"--micro-batch-size {config.micro_batch_size} does not divide the {rows} rows of a batch "
+            f"(--batch-tokens over --seq-len); try --micro-batch-size {near}"
+        )
+    for size in config.save_at:
+        if config.target_params is not None and size < config.target_params:
+            raise ConfigError(
+                f"--save-at {size} is below --target-params {config.target_params}, where the run ends; "
+                f"give a size between source and target"
+            )
+
+
+def _check_values(config: RunConfig) -> None:
+    for name, each in FIELDS.items():
+        value, choices = getattr(config, name), each.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ConfigError(
+                f"{flag_name(name)} {value} is not one of {', '.join(choices)}; did you mean {nearest(value, choices)}?"
+            )
+        if name == "score_ema":
+            if not 0 <= value < 1:
+                raise ConfigError(f"--score-ema {value} is outside 0 to below 1; 0 is no moving average")
+            continue
+        least = 0 if name == "seed" else 1
+        if name == "tokens" and value == 0:  # not given
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool | str | None):
+                continue
+            if isinstance(number, int) and number < least:
+                raise ConfigError(f"{flag_name(name)} {number} is below {least}; give a whole number from {least}")
+            if not (math.isfinite(number) and number >= 0 and (number > 0 or least == 0)):
+                raise ConfigError(f"{flag_name(name)} {number} is not above 0; give a finite number above 0")

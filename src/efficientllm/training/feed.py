@@ -1,0 +1,103 @@
+"""Batches for training: rows of several token folders, shuffled and mixed by grain, without end.
+
+The mixture is a function from a row number to a row, so a position in the data is one integer.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efficientllm.errors import ConfigError, DataError
+from efficientllm.training.tokens import TokenFolder
+
+if TYPE_CHECKING:
+    import grain
+
+READ_THREADS = 2  # rows come out of mapped memory: more threads gain nothing
+
+
+def mixture(
+    parts: Sequence[tuple[TokenFolder, float]], *, seq_len: int, seed: int, include_valid: bool
+) -> "grain.MapDataset[NDArray[np.int64]]":
+    """An endless data set of rows, int64 (seq_len,), random access and the same for the same seed.
+
+    Every folder is shuffled anew each time it is used up. All rows are equally long, so `weights` are shares of tokens.
+    `include_valid` adds the held-out rows, for a run that validates on other data.
+
+    Raises:
+        DataError: a folder holds less than one row.
+        ConfigError: no folder, or a weight that is not above 0.
+    """
+    if not parts or any(not weight > 0 for _, weight in parts):
+        raise ConfigError(f"a mixture of {len(parts)} sources needs at least one, each with a weight above 0")
+    grain = _grain()
+    sources = []
+    for number, (folder, _) in enumerate(parts):
+        rows = folder.rows(seq_len, "all" if include_valid else "train")
+        if not len(rows):
+            tokens = folder.tokens + (folder.valid_tokens if include_valid else 0)
+            raise DataError(
+                f"data {folder.spec}: {tokens} training tokens are less than one row of {seq_len}; "
+                "lower --seq-len or give more text"
+            )
+        sources.append(grain.MapDataset.source(rows).seed((seed + number) % 2**32).shuffle().repeat(None))
+    total = sum(weight for _, weight in parts)
+    return grain.MapDataset.mix(sources, weights=[weight / total for _, weight in parts])
+
+
+def batches(
+    dataset: "grain.MapDataset[NDArray[np.int64]]", start_row: int, batch_rows: int
+) -> Iterator[NDArray[np.int64]]:
+    """Batches, int64 (batch_rows, seq_len), from row `start_row` on; threads read ahead and do not touch the order."""
+    options = _grain().ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=2 * batch_rows)
+    rows = dataset.slice(slice(start_row, None)).to_iter_dataset(options)
+    return iter(rows.batch(batch_rows, batch_fn=np.stack))
+
+
+def epochs(
+    folders: Sequence[TokenFolder],
+    weights: Sequence[float],
+    seq_len: int,
+    rows_total: int,
+    *,
+    include_valid: bool = False,
+) -> dict[str, float]:
+    """How often each folder (by its spec) has been gone through after `rows_total` rows of the mixture.
+
+    Above 1 its rows are repeated. Of two folders with the same spec the more repeated one counts.
+    """
+    result: dict[str, float] = {}
+    for folder, weight in zip(folders, weights, strict=True):
+        rows = len(folder.rows(seq_len, "all" if include_valid else "train"))
+        times = rows_total * weight / sum(weights) / max(rows, 1)
+        result[folder.spec] = max(times, result.get(folder.spec, 0.0))
+    return result
+
+
+def require_batch(folders: Sequence[TokenFolder], batch_tokens: int, *, include_valid: bool = False) -> None:
+    """Raises DataError if all folders together hold fewer tokens than one batch."""
+    tokens = sum(folder.tokens + (folder.valid_tokens if include_valid else 0) for folder in folders)
+    if tokens < batch_tokens:
+        names = ", ".join(folder.spec for folder in folders)
+        raise DataError(
+            f"data {names}: {tokens} training tokens are fewer than one batch of {batch_tokens}; "
+            "lower --batch-tokens or give more text"
+        )
+
+
+def _grain() -> Any:
+    """grain, whose import warns on every machine without jax."""
+    # absl must come first: it gives its logger a class of its own
+    import absl.logging  # noqa: F401
+
+    logging.getLogger("absl").addFilter(_not_about_jax)
+    import grain
+
+    return grain
+
+
+def _not_about_jax(record: logging.LogRecord) -> bool:
+    return "jax profiler" not in record.getMessage()
