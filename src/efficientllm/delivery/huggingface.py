@@ -1,0 +1,119 @@
+"""The result as a Hugging Face folder that loads anywhere, checked by loading it again."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from efficientllm.errors import EfficientLLMError
+from efficientllm.pruning.relabel import llama_config
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
+TOKENS_COMPARED = 32
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path,
+    dtype: torch.dtype,
+    card: str,
+) -> None:
+    """Writes a compacted model with tokenizer, generation config and model card, whole or not at all; then proves it.
+
+    The folder's model is a stock one: Llama where the shape is legal for it, else Mistral, which is the same function.
+    An older folder of that name is replaced.
+
+    Raises:
+        EfficientLLMError: if what was written does not load as the same model.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        stock = stock_model(model, dtype)
+        stock.generation_config = _generation_config(source, tokenizer)
+        stock.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        check_reload(model, partial, dtype)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@torch.no_grad()
+def stock_model(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a stock model of the present shape with the weights of `model`, rounded to `dtype`, on the CPU."""
+    config = result_config(model.config)
+    config.dtype = dtype
+    with torch.device("meta"):
+        stock: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = {name: param.detach().to("cpu", dtype) for name, param in model.named_parameters()}
+    left = stock.load_state_dict(weights, strict=False, assign=True)
+    stock.tie_weights()
+    missing = set(left.missing_keys) & {name for name, param in stock.named_parameters() if param.is_meta}
+    if missing or left.unexpected_keys:
+        raise EfficientLLMError(f"the result has no weights for {sorted(missing)[:1] or left.unexpected_keys[:1]}")
+    return stock
+
+
+def result_config(config: Any) -> Any:
+    """Returns a copy of the config: a relabelled Llama's becomes Llama's again if Llama accepts the shape."""
+    copy = type(config).from_dict(config.to_dict())
+    was_llama = config.model_type == "mistral" and config.sliding_window is None
+    if was_llama and config.hidden_size % config.num_attention_heads == 0:
+        copy = llama_config(copy)
+    copy.architectures = None  # written from the class that is saved
+    return copy
+
+
+@torch.no_grad()
+def check_reload(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Loads the folder as anyone would and compares weights, exactly, and logits with the live model.
+
+    Raises:
+        EfficientLLMError: if they differ.
+    """
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    written = dict(reloaded.named_parameters())
+    for name, param in model.named_parameters():
+        expected = param.detach().to("cpu", dtype).float()
+        if name not in written or not torch.equal(written[name].detach(), expected):
+            raise EfficientLLMError(f"{folder}: '{name}' is not what was trained; report this as a bug")
+    vocab_size: int = model.config.vocab_size
+    tokens = torch.arange(TOKENS_COMPARED).remainder(vocab_size)[None] * (vocab_size // TOKENS_COMPARED or 1) % vocab_size
+    live, again = _logits(model, tokens), _logits(reloaded, tokens)
+    difference = float((live - again).abs().max() / live.abs().max().clamp(min=1e-6))
+    if not difference <= TOLERANCE[dtype]:
+        raise EfficientLLMError(
+            f"{folder}: the reloaded model's logits differ from the live one's by {difference:.2g} of the largest; "
+            "report this as a bug"
+        )
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Returns the source's generation config, or one of the tokenizer's special tokens."""
+    if (source / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source)
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
