@@ -1,5 +1,6 @@
 """The result as a Hugging Face folder that loads anywhere, checked by loading it again."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.errors import EfficientLLMError
 from efficientllm.pruning.relabel import llama_config
@@ -37,10 +38,11 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        stock = stock_model(model, dtype)
-        stock.generation_config = _generation_config(source, tokenizer)
-        stock.save_pretrained(partial)
+        was_llama = json.loads((source / "config.json").read_text())["model_type"] == "llama"
+        stock_model(model, dtype, was_llama).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if (source / "generation_config.json").is_file():  # as it is: loading it would refuse what others accept
+            shutil.copy(source / "generation_config.json", partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         check_reload(model, partial, dtype)
         for file in partial.rglob("*"):
@@ -55,9 +57,9 @@ def save_model(
 
 
 @torch.no_grad()
-def stock_model(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+def stock_model(model: nn.Module, dtype: torch.dtype, was_llama: bool) -> PreTrainedModel:
     """Returns a stock model of the present shape with the weights of `model`, rounded to `dtype`, on the CPU."""
-    config = result_config(model.config)
+    config = result_config(model.config, was_llama)
     config.dtype = dtype
     with torch.device("meta"):
         stock: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -70,11 +72,10 @@ def stock_model(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     return stock
 
 
-def result_config(config: Any) -> Any:
+def result_config(config: Any, was_llama: bool) -> Any:
     """Returns a copy of the config: a relabelled Llama's becomes Llama's again if Llama accepts the shape."""
     copy = type(config).from_dict(config.to_dict())
-    was_llama = config.model_type == "mistral" and config.sliding_window is None
-    if was_llama and config.hidden_size % config.num_attention_heads == 0:
+    if was_llama and config.model_type == "mistral" and config.hidden_size % config.num_attention_heads == 0:
         copy = llama_config(copy)
     copy.architectures = None  # written from the class that is saved
     return copy
@@ -111,9 +112,3 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     model.train(was_training)
     return logits
 
-
-def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Returns the source's generation config, or one of the tokenizer's special tokens."""
-    if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
-    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
