@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second stops it at once."""
+
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # exit codes 130 and 143
+
+
+class Interruption:
+    """While it is entered, `signal` becomes the number of a signal that came; a second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> "Interruption":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._came)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def exit_on_sigterm() -> None:
+    """Lets SIGTERM unwind the stack, so that what is half-written is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
