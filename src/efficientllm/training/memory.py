@@ -75,7 +75,7 @@ def estimate(
 
     Args:
         micro_batch_size: rows of a forward pass, each of `seq_len` tokens.
-        batch_rows: rows of an optimizer step, all of which the second-order update may sample (default: one micro-batch).
+        batch_rows: rows of an optimizer step, which the second-order update samples from (default: one micro-batch).
         weight_bytes, activation_bytes: bytes of a number; autocast to bfloat16 is (4, 2).
         fisher: whether squared micro-batch gradients are gathered.
     """
@@ -89,10 +89,9 @@ def estimate(
     mixed = activation_bytes < weight_bytes
     if mixed:
         layer += activation_bytes * 2 * hidden  # the norms' results, cast for the products
+    saved = layer * space.num_layers
     if activation_checkpointing:
-        saved = FLOAT32 * hidden * space.num_layers + layer
-    else:
-        saved = layer * space.num_layers
+        saved = FLOAT32 * hidden * space.num_layers + layer  # what enters each layer, and one layer computed again
     samples = solve = 0
     if compensate:
         rows = (batch_rows or micro_batch_size) * seq_len
