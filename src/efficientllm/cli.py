@@ -73,6 +73,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 2 for a mistake that one line explains, 130 for Ctrl-C."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to programmers
         warnings.showwarning = _show_warning
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))

@@ -1,7 +1,7 @@
 """`efficientllm inspect`: the pruning space of a model as a table, from its config.json alone."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.numbers import format_count
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 SEQ_LEN = 2048  # tokens of a row that the FLOPs are given for, the default of --seq-len
 UNITS = {
-    "hidden": "a hidden dimension",
-    "ffn": "an FFN channel a layer",
-    "kv": "a KV group a layer",
-    "query": "a query head a KV group",
+    "hidden": "hidden dimension",
+    "ffn": "FFN channel a layer",
+    "kv": "KV group a layer",
+    "query": "query head a group",
 }
 
 
@@ -44,7 +44,7 @@ def print_space(
     console = _console()
     for line in source_lines(model, config, space):
         console.print(line, markup=False)
-    console.print(space_table(space, limits))
+    console.print("", space_table(space, limits), "", sep="\n")
     for line in limit_lines(space, limits):
         console.print(line, markup=False)
     return 0
@@ -59,16 +59,16 @@ def empty_model(config: "PretrainedConfig", model: str, trust_remote_code: bool 
     import torch
     from transformers import AutoModelForCausalLM
 
+    build: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return, no-untyped-call]
-                config, trust_remote_code=trust_remote_code
-            )
+            built: PreTrainedModel = build(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parts raise
         reason = str(error).strip() or type(error).__name__
         raise UnsupportedModelError(
             f"model {model}: cannot be built from its config ({reason.splitlines()[0]}); check config.json"
         ) from None
+    return built
 
 
 def source_lines(model: str, config: "PretrainedConfig", space: Space) -> list[str]:
@@ -78,14 +78,21 @@ def source_lines(model: str, config: "PretrainedConfig", space: Space) -> list[s
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     stored = str(dtype).removeprefix("torch.")
     num_params = space.num_params(space.shape)
-    head = "tied to the embedding" if space.tied else "its own"
+    head = "tied output head" if space.tied else "untied output head"
     flops = space.flops_per_token(space.shape, SEQ_LEN)
     return [
-        f"{model}: {config.model_type}, {space.num_layers} layers, heads of {space.head_dim}, "
-        f"vocabulary {space.vocab_size:,}, output head {head}",
-        f"{num_params:,} parameters, {format_count(num_params * dtype.itemsize)}B in {stored}",
-        f"{format_count(flops)} training FLOPs per token in rows of {SEQ_LEN:,}",
+        model,
+        f"  {config.model_type}, {space.num_layers} layers, head size {space.head_dim}, "
+        f"vocabulary {space.vocab_size:,}, {head}",
+        f"  {num_params:,} parameters, {format_bytes(num_params * dtype.itemsize)} in {stored}",
+        f"  {format_count(flops)} FLOPs per token of training, in rows of {SEQ_LEN:,} tokens",
     ]
+
+
+def format_bytes(value: float) -> str:
+    """Returns a number of bytes in three digits or so: 269 MB, 13.5 GB."""
+    unit, size = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6)
+    return f"{value / size:.1f} {unit}"
 
 
 def space_table(space: Space, limits: Limits) -> "Table":
@@ -93,14 +100,14 @@ def space_table(space: Space, limits: Limits) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, justify in (
         ("kind", "left"),
         ("unit", "left"),
         ("dims", "right"),
         ("units", "right"),
-        ("params a unit", "right"),
-        ("multiples of", "right"),
+        ("params/unit", "right"),
+        ("multiple", "right"),
         ("least", "right"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -129,18 +136,22 @@ def limit_lines(space: Space, limits: Limits) -> list[str]:
     """How far down pruning can go, and why a kind is frozen or goes in other steps than asked."""
     least, source = space.num_params(limits.floor), space.num_params(space.shape)
     floors = ", ".join(f"{kind} {size:,}" for kind, size in limits.floor.items())
-    lines = [f"smallest reachable size {least:,} parameters, {least / source:.1%} of the source ({floors})"]
+    kinds: dict[str, list[str]] = {}  # by note: what freezes the heads often freezes both kinds of them
     for kind, size in space.shape.items():
         if note := limits.notes.get(kind) or _why_frozen(kind, size, limits):
-            lines.append(f"{kind}: {note}")
-    return lines
+            kinds.setdefault(note, []).append(kind)
+    return [
+        "smallest reachable size",
+        f"  {least:,} parameters, {least / source:.1%} of the source: {floors}",
+        *(f"{', '.join(names)}: {note}" for note, names in kinds.items()),
+    ]
 
 
 def _why_frozen(kind: str, size: int, limits: Limits) -> str | None:
     if limits.floor[kind] < size:
         return None
-    if kind == "query" and size == 1:
-        return "one query head in every KV group already"
+    if size == 1:
+        return f"one {UNITS[kind]} is left, and no layer is ever emptied"
     if size <= limits.tile[kind]:
         return f"{size} is the only legal size, others are multiples of {limits.tile[kind]}"
     return f"the floor leaves no legal size (multiples of {limits.tile[kind]}) below {size}"
