@@ -1,0 +1,112 @@
+"""Trajectory: the removals of a run before it starts, by the rules of the run itself, for an assumed order of kinds."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, permutations
+from math import floor
+from typing import NamedTuple
+
+from efficientllm.errors import BudgetError
+from efficientllm.numbers import format_count
+from efficientllm.pruning.schedule import Pace
+from efficientllm.pruning.selection import is_landed, may_remove, o_columns
+from efficientllm.space.cost import Polynomial
+from efficientllm.space.dims import KINDS, Shape
+from efficientllm.space.limits import Limits
+
+Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
+
+
+class Planned(NamedTuple):
+    """One removal of a plan: the optimizer step after which it happens, and what is left then."""
+
+    step: int
+    kind: str
+    shape: Shape
+    params: int
+
+
+def simulate(
+    num_params: Polynomial,
+    limits: Limits,
+    targets: Iterable[int],
+    pace: Pace,
+    head_dim: int,
+    order: Order,
+) -> list[Planned]:
+    """Returns every removal from the source to the least of `targets`, landing on each of them.
+
+    A removal that the landing rule forbids is passed over for the next kind, as in the run.
+
+    Raises:
+        BudgetError: if no kind may go before a target is reached.
+    """
+    shape, params = limits.source, num_params(limits.source)
+    source, left = params, sorted(set(targets), reverse=True)
+    final = left[-1]
+    planned: list[Planned] = []
+    step, next_step = 1, 0.0
+    while left:
+        while not is_landed(shape, limits, num_params, left[0]) and pace.is_due(step, next_step, params, source, final):
+            kind = next((each for each in order(shape) if may_remove(each, shape, limits, num_params, left)), None)
+            if kind is None:
+                raise BudgetError(
+                    f"no group can be removed from {shape} on the way to {format_count(left[0])} parameters"
+                )
+            next_step = pace.wait(next_step, step, o_columns(kind, shape, head_dim))
+            shape = {**shape, kind: shape[kind] - 1}
+            params = num_params(shape)
+            planned.append(Planned(step, kind, shape, params))
+        while left and is_landed(shape, limits, num_params, left[0]):
+            left.pop(0)
+        step = max(step + 1, floor(next_step))  # nothing is due before
+    return planned
+
+
+def pruning_steps(num_params: Polynomial, limits: Limits, target: int, pace: Pace, head_dim: int) -> int:
+    """Returns the steps from the first removal to the last at a pace without warm-up, all kinds in proportion."""
+    planned = simulate(num_params, limits, [target], pace, head_dim, proportional(limits))
+    return planned[-1].step if planned else 0
+
+
+def proportional(limits: Limits) -> Order:
+    """Returns the order in which all kinds keep about the same share of their units; ties break by name."""
+    return lambda shape: sorted(KINDS, key=lambda kind: (-shape[kind] / limits.source[kind], kind))
+
+
+def as_logged(kinds: Sequence[str], limits: Limits) -> Order:
+    """Returns the order of a log's kinds, one a removal; past its end all kinds go in proportion."""
+    rest = proportional(limits)
+    units = sum(limits.source.values())
+
+    def order(shape: Shape) -> Sequence[str]:
+        removed = units - sum(shape.values())
+        return [*kinds[removed : removed + 1], *rest(shape)]
+
+    return order
+
+
+def extreme_orders(limits: Limits) -> list[Order]:
+    """Returns every order that exhausts one kind before it begins the next."""
+    movable = [kind for kind in KINDS if limits.floor[kind] < limits.source[kind]]
+    return [constant(kinds) for kinds in permutations(movable)]
+
+
+def constant(kinds: Sequence[str]) -> Order:
+    """Returns the order that takes the same kind as long as it may go."""
+    return lambda shape: kinds
+
+
+def physical(shape: Shape, limits: Limits) -> Shape:
+    """Returns the shape that is computed while `shape` is live: retired units wait for a whole tile to be compacted."""
+    return {
+        kind: min(limits.source[kind], -(-size // limits.tile[kind]) * limits.tile[kind])
+        for kind, size in shape.items()
+    }
+
+
+def spans(planned: Sequence[Planned], source: Shape, steps: int) -> list[tuple[Shape, int]]:
+    """Returns the live shapes of the first `steps` steps, each with the number of steps that it serves."""
+    ends = [*(removal.step for removal in planned), steps]
+    shapes = [source, *(removal.shape for removal in planned)]
+    lengths = [ends[0], *(after - before for before, after in pairwise(ends))]
+    return [(shape, length) for shape, length in zip(shapes, lengths, strict=True) if length > 0]
