@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from efficientllm.demo.corpus import write_corpus
 
 BOS, EOS = "<s>", "</s>"
-VOCAB_SIZE = 2048  # of some 1.3M parameters the tied embedding then holds a fifth, as in models of a few 100M
+VOCAB_SIZE = 2048  # of some 600k parameters the tied embedding then holds a third, as in models of 100M
 CONTEXT = 512  # tokens; twice what the demo trains with
 
 
@@ -52,11 +52,11 @@ def make_source(corpus_folder: Path, out: Path) -> LlamaConfig:
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
         head_dim=16,
         max_position_embeddings=CONTEXT,
         rope_theta=10000.0,

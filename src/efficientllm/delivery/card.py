@@ -51,7 +51,7 @@ def model_card(facts: Facts, source: Path) -> str:
     state = (
         ""
         if facts.annealed
-        else "\n**A rung of a ladder of sizes, saved on the way to a smaller model: its learning rate was not annealed.** "
+        else "\n**A rung of a ladder of sizes, saved on the way to a smaller one; its learning rate was not annealed.** "
         "Train it on (`efficientllm prune` with this folder as MODEL and its own size as target) before use.\n"
     )
     return f"""---
@@ -60,8 +60,8 @@ def model_card(facts: Facts, source: Path) -> str:
 
 # {name}, {format_count(facts.params)} parameters
 
-Made from `{facts.model}` by pruning-aware pretraining ([EfficientLLM](https://arxiv.org/abs/2502.06663)): while the model
-kept training, it lost one minimal group of parameters at a time, the one whose removal costs the loss least.
+Made from `{facts.model}` by pruning-aware pretraining ([EfficientLLM](https://arxiv.org/abs/2502.06663)): while the
+model kept training, it lost one minimal group of parameters at a time, the one whose removal costs the loss least.
 {state}
 | | |
 |---|---|

@@ -17,19 +17,19 @@ def generate_text(
     tokenizer = load_tokenizer(model, trust_remote_code)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.to(device)  # type: ignore[arg-type]
+    loaded.to(device)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if not ids.numel():  # an empty prompt, and no BOS that the tokenizer adds
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = torch.tensor([[start or 0]])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    loaded.generate(  # type: ignore[operator]
+    loaded.generate(
         ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
     return 0

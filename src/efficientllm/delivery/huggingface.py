@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficientllm.errors import EfficientLLMError
@@ -18,7 +18,7 @@ TOKENS_COMPARED = 32
 
 
 def save_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -57,7 +57,7 @@ def save_model(
 
 
 @torch.no_grad()
-def stock_model(model: nn.Module, dtype: torch.dtype, was_llama: bool) -> PreTrainedModel:
+def stock_model(model: PreTrainedModel, dtype: torch.dtype, was_llama: bool) -> PreTrainedModel:
     """Returns a stock model of the present shape with the weights of `model`, rounded to `dtype`, on the CPU."""
     config = result_config(model.config, was_llama)
     config.dtype = dtype
@@ -82,7 +82,7 @@ def result_config(config: Any, was_llama: bool) -> Any:
 
 
 @torch.no_grad()
-def check_reload(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def check_reload(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Loads the folder as anyone would and compares weights, exactly, and logits with the live model.
 
     Raises:
@@ -95,7 +95,9 @@ def check_reload(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         if name not in written or not torch.equal(written[name].detach(), expected):
             raise EfficientLLMError(f"{folder}: '{name}' is not what was trained; report this as a bug")
     vocab_size: int = model.config.vocab_size
-    tokens = torch.arange(TOKENS_COMPARED).remainder(vocab_size)[None] * (vocab_size // TOKENS_COMPARED or 1) % vocab_size
+    tokens = (
+        torch.arange(TOKENS_COMPARED).remainder(vocab_size)[None] * (vocab_size // TOKENS_COMPARED or 1) % vocab_size
+    )
     live, again = _logits(model, tokens), _logits(reloaded, tokens)
     difference = float((live - again).abs().max() / live.abs().max().clamp(min=1e-6))
     if not difference <= TOLERANCE[dtype]:
@@ -105,10 +107,9 @@ def check_reload(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         )
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     logits: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
     model.train(was_training)
     return logits
-

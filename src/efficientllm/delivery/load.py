@@ -28,9 +28,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> "PretrainedConfi
     return _read_config(find_model(model), model, trust_remote_code)
 
 
-def load_model(
-    model: str, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False
-) -> "PreTrainedModel":
+def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model with its weights, on the CPU and in evaluation mode.
 
     Without `dtype`: the checkpoint's own where the machine computes in it, otherwise float32 (see `native_dtype`).
@@ -76,7 +74,25 @@ def load_model(
             f"such as '{unexpected[0]}'",
             stacklevel=2,
         )
-    return loaded  # type: ignore[no-any-return]
+    return loaded
+
+
+def empty_model(config: "PretrainedConfig", model: str) -> "PreTrainedModel":
+    """The model of a config on the meta device: names and shapes of its parameters, no memory.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise UnsupportedModelError(
+            f"model {model}: cannot be built from its config ({_first_line(error)}); check config.json"
+        ) from None
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -90,7 +106,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> "PreTrainedTo
     _quiet()
     path = find_model(model)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parts raise
         raise UnsupportedModelError(
             f"model {model}: no usable tokenizer ({_first_line(error)}); put its tokenizer.json beside config.json"

@@ -1,11 +1,11 @@
 """Checkpoints: atomic, checksummed, safetensors and JSON only.
 
-    checkpoints/step-00000300/
-      config.json  model.safetensors     weights at their present shapes; units that wait for compaction are zero
-      optimizer.safetensors              the optimizer's tensors as "exp_avg:model.norm.weight"
-      extra.safetensors                  random state, the moving average of the saliency
-      state.json                         everything else
-      manifest.json                      sha256 of every file above, written last
+checkpoints/step-00000300/
+  config.json  model.safetensors     weights at their present shapes; units that wait for compaction are zero
+  optimizer.safetensors              the optimizer's tensors as "exp_avg:model.norm.weight"
+  extra.safetensors                  random state, the moving average of the saliency
+  state.json                         everything else
+  manifest.json                      sha256 of every file above, written last
 """
 
 import hashlib

@@ -48,7 +48,9 @@ class RunConfig:
     score_ema: float = _flag(0.0, "moving average of the saliency, 0 to below 1", "X")
     slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
     removals_per_step: float | None = _flag(None, "pace: removals a step", "K")
-    round_to: int | None = _flag(None, "multiple that the result's sizes have (default: 1 below 10M parameters, else 64)")
+    round_to: int | None = _flag(
+        None, "multiple that the result's sizes have (default: 1 below 10M parameters, else 64)"
+    )
     min_ffn: int | None = _flag(None, "smallest feed-forward width of a layer")
     min_hidden: int | None = _flag(None, "smallest hidden size")
     min_kv: int | None = _flag(None, "fewest key-value heads of a layer")
@@ -124,7 +126,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def from_dict(mapping: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """The config that a mapping stands for: names with dashes or underscores, counts also as '134M'; null is the default.
+    """The config of a mapping: names with dashes or underscores, counts also as '134M'; null is the default.
 
     Raises:
         ConfigError: an unknown key, or a value that is not of the field's kind.
@@ -139,7 +141,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def dump_yaml(config: RunConfig) -> str:
     """The config as YAML, every field in the order of RunConfig."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
@@ -194,13 +196,13 @@ def validate(config: RunConfig, complete: bool = True) -> None:
         )
     if config.prune_tokens is not None and config.tokens and config.prune_tokens > config.tokens:
         raise ConfigError(
-            f"--prune-tokens {config.prune_tokens} is above --tokens {config.tokens}, which counts the pruning phase too; "
+            f"--prune-tokens {config.prune_tokens} is above --tokens {config.tokens}, the whole run; "
             f"raise --tokens or lower --prune-tokens"
         )
     if config.batch_tokens % config.seq_len:
         near = max(config.batch_tokens // config.seq_len, 1) * config.seq_len
         raise ConfigError(
-            f"--batch-tokens {config.batch_tokens} is no multiple of --seq-len {config.seq_len}; try --batch-tokens {near}"
+            f"--batch-tokens {config.batch_tokens} is no multiple of --seq-len {config.seq_len}; try {near}"
         )
     rows = config.batch_tokens // config.seq_len
     if config.micro_batch_size is not None and rows % config.micro_batch_size:

@@ -16,7 +16,9 @@ def validation_loss(model: nn.Module, rows: Sequence[NDArray[Any]], micro_batch_
     model.eval()
     total = 0.0
     for start in range(0, len(rows), micro_batch_size):
-        batch = torch.stack([torch.from_numpy(rows[row]) for row in range(start, min(start + micro_batch_size, len(rows)))])
+        batch = torch.stack(
+            [torch.from_numpy(rows[row]) for row in range(start, min(start + micro_batch_size, len(rows)))]
+        )
         batch = batch.to(device)
         with autocast():
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss

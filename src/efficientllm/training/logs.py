@@ -61,7 +61,7 @@ class ExternalLog:
             if kind == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+                self._board = SummaryWriter(str(out / "tensorboard"))
             elif kind == "wandb":
                 import wandb
 

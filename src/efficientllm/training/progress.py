@@ -39,7 +39,9 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def say(self, message: str) -> None:
@@ -52,15 +54,15 @@ class Display:
         """Shows one row; validation losses also stay on the screen."""
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
         size, speed = format_count(row["params"]), format_count(row["tokens_per_second"] or 0)
-        self._progress.update(
-            self._task, completed=row["step"], phase=row["phase"], loss=loss, size=size, speed=speed
-        )
+        self._progress.update(self._task, completed=row["step"], phase=row["phase"], loss=loss, size=size, speed=speed)
         valid = f"  valid loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
         now = time.monotonic()
         due = row["step"] % max(1, self.total_steps // PLAIN_LINES) == 0 or now - self._last > PLAIN_SECONDS
         if valid or (due and not self.console.is_terminal):
             self._last = now
-            left = (self.total_steps - row["step"]) * row["tokens"] / max(row["step"], 1) / (row["tokens_per_second"] or 1)
+            left = (
+                (self.total_steps - row["step"]) * row["tokens"] / max(row["step"], 1) / (row["tokens_per_second"] or 1)
+            )
             rest = f"  {_duration(left)} left" if row["tokens_per_second"] and row["step"] < self.total_steps else ""
             self.say(
                 f"step {row['step']}/{self.total_steps}  {row['phase']}  loss {loss}  {row['params']:,} parameters  "

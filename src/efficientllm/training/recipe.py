@@ -74,8 +74,8 @@ def make_recipe(config: RunConfig, space: Space, limits: Limits) -> Recipe:
         if config.tokens and prune_steps > total_steps:
             raise ConfigError(
                 f"--tokens {format_count(config.tokens)} gives {total_steps} steps, and at this pace the pruning phase "
-                f"takes about {prune_steps}; raise --tokens to {format_count(prune_steps * config.batch_tokens)} or more, "
-                f"or prune faster"
+                f"takes about {prune_steps}; prune faster, or raise --tokens to "
+                f"{format_count(prune_steps * config.batch_tokens)} or more"
             )
         total_steps = max(total_steps, prune_steps)
     decay_steps = round(DECAY_SHARE * total_steps)

@@ -47,7 +47,7 @@ class Trainer:
         on_landing: Callable[[int], None],
     ) -> None:
         self.config, self.recipe, self.device = config, recipe, device
-        self.model = owned_(model).to(device)  # type: ignore[arg-type]
+        self.model = owned_(model).to(device)
         self.model.train()
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -199,7 +199,7 @@ class Trainer:
     def _backward(self, step: int) -> tuple[float, dict[str, Tensor] | None]:
         """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due."""
         batch = torch.from_numpy(next(self.feed)).to(self.device)
-        micro_batches = batch.split(self.config.micro_batch_size or len(batch))
+        micro_batches = torch.split(batch, self.config.micro_batch_size or len(batch))
         scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None
         total = torch.zeros((), device=self.device)
@@ -216,7 +216,7 @@ class Trainer:
 class Fisher:
     """The diagonal Fisher: the mean of squared micro-batch gradients (method.md section 3).
 
-    It holds two more copies of the weights for the steps at which a removal is due: the squares, and the gradient so far.
+    At steps with a removal due it holds two more copies of the weights: the squares, and the gradient so far.
     """
 
     def __init__(self, model: nn.Module, num_micro_batches: int) -> None:

@@ -1,0 +1,228 @@
+"""A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
+
+import time
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from efficientllm.delivery.card import Facts, model_card
+from efficientllm.delivery.huggingface import save_model
+from efficientllm.errors import TrainingError
+from efficientllm.numbers import format_count
+from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
+from efficientllm.training.config import FIELDS, RunConfig, flag_name
+from efficientllm.training.corpus import Corpus
+from efficientllm.training.device import find_device
+from efficientllm.training.evaluate import validation_loss
+from efficientllm.training.feed import batches, epochs, mixture
+from efficientllm.training.interruption import Interruption
+from efficientllm.training.logs import ExternalLog, JsonLines
+from efficientllm.training.progress import Display
+from efficientllm.training.recipe import Recipe
+from efficientllm.training.source import Source
+from efficientllm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKPOINT_SECONDS = 600.0  # between checkpoints, without --checkpoint-every
+
+
+class Run:
+    """A run under way: the Trainer with its folder, logs and display."""
+
+    def __init__(
+        self, config: RunConfig, out: Path, source: Source, recipe: Recipe, corpus: Corpus, display: Display
+    ) -> None:
+        self.config, self.out, self.source, self.recipe, self.corpus = config, out, source, recipe, corpus
+        self.display = display
+        self.metrics = JsonLines(out / "metrics.jsonl")
+        self.removals = JsonLines(out / "removals.jsonl")
+        self.external = ExternalLog(config.log_to, out, {name: getattr(config, name) for name in FIELDS})
+        self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
+        self.valid_losses: dict[int, float] = {}  # by step
+
+    def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
+        """Trains to the end, or until a signal comes; returns the exit code."""
+        try:
+            self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, find_device(), self._landed)
+            if checkpoint:
+                self.trainer.restore(checkpoint)
+            begun = self.metrics.cut_back(self.trainer.step if checkpoint else -1)
+            self.removals.cut_back(self.trainer.step if checkpoint else -1)
+            self.valid_losses = {row["step"]: row["valid_loss"] for row in begun if "valid_loss" in row}
+            self._begin_feed()
+            with Interruption() as interruption, self.display:
+                self._train(interruption)
+                if interruption.signal is not None:
+                    self._checkpoint()
+            if interruption.signal is not None:
+                self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
+                return interruption.exit_code
+            self._finish()
+            return 0
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._last_good()}") from None
+        except OSError as error:
+            raise TrainingError(
+                f"writing to {self.out} failed ({error.strerror or error}); free space, then: {self._resume_command()}"
+            ) from None
+        finally:
+            for log in (self.metrics, self.removals, self.external):
+                log.close()
+
+    def _train(self, interruption: Interruption) -> None:
+        trainer, recipe = self.trainer, self.recipe
+        if trainer.step == 0:
+            self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
+        saved = time.monotonic()
+        while not trainer.done and interruption.signal is None:
+            phase = trainer.phase
+            before = len(trainer.pruner.removals)
+            row = trainer.train_step()
+            for removal in trainer.pruner.removals[before:]:
+                self.removals.append({**removal.as_row(), "tokens": trainer.tokens})
+            row["epoch"] = round(self.epochs_per_row * trainer.step * recipe.batch_rows, 4)
+            every = self.config.eval_every
+            if trainer.phase != phase or trainer.done or (every and trainer.step % every == 0):
+                row = self._validated(row)
+            self._log(row)
+            for message in row.get("warnings", ()):
+                self.display.warn(f"step {trainer.step}: {message}")
+            every = self.config.checkpoint_every
+            due = trainer.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS
+            if due or trainer.done or trainer.step == recipe.decay_start:
+                self._checkpoint()
+                saved = time.monotonic()
+
+    def _begin_feed(self) -> None:
+        parts = self.corpus.parts
+        weights = [weight for _, weight in parts]
+        folders = [folder for folder, _ in parts]
+        own = self.corpus.valid is not None
+        rows = mixture(parts, seq_len=self.config.seq_len, seed=self.config.seed, include_valid=own)
+        each = epochs(folders, weights, self.config.seq_len, 1, include_valid=own)
+        self.epochs_per_row = max(each.values())
+        total = self.recipe.total_steps * self.recipe.batch_rows
+        for spec, per_row in each.items():
+            if self.trainer.step == 0 and per_row * total > 1:
+                self.display.warn(f"data {spec} runs out: it is seen {per_row * total:.1f} times, each in a new order")
+        start = self.trainer.step * self.recipe.batch_rows
+        self.trainer.feed = batches(rows, start, self.recipe.batch_rows)
+
+    def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row with the validation loss, if anything is held out."""
+        if not self.valid_rows:
+            return row
+        trainer = self.trainer
+        micro_batch_size = self.config.micro_batch_size or 1
+        loss = validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast)
+        self.valid_losses[row["step"]] = loss
+        return {**row, "valid_loss": loss}
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.metrics.append(row)
+        self.external.append(row)
+        self.display.show(row)
+
+    def _checkpoint(self) -> None:
+        self.metrics.sync()
+        self.removals.sync()
+        state, extra = self.trainer.state()
+        state["data"] = self.corpus.fingerprint
+        trainer = self.trainer
+        save_checkpoint(
+            self.out / "checkpoints", trainer.model, trainer.optimizer, state, extra, self.recipe.decay_start
+        )
+
+    def _landed(self, size: int) -> None:
+        """Saves the rung of a ladder when the Pruner has landed on it, in the middle of a step."""
+        if size not in self.config.save_at:
+            return
+        losses = {"source": self.valid_losses[0]} if 0 in self.valid_losses else {}
+        trainer = self.trainer
+        if self.valid_rows:
+            micro_batch_size = self.config.micro_batch_size or 1
+            losses["rung"] = validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast)
+        tokens = trainer.tokens + self.config.batch_tokens  # of the step that is not over yet
+        folder = self.out / "models" / format_count(size)
+        self._save(folder, tokens, losses, annealed=size == self.config.target_params and trainer.done)
+        self.display.say(f"saved {folder}: {trainer.pruner.num_params:,} parameters")
+
+    def _finish(self) -> None:
+        trainer = self.trainer
+        trainer.pruner.close()
+        steps = sorted(self.valid_losses)
+        losses = {"source": self.valid_losses[0], "result": self.valid_losses[steps[-1]]} if len(steps) > 1 else {}
+        self._save(self.out / "model", trainer.tokens, losses, annealed=True)
+        say = self.display.say
+        say(
+            f"{self.out / 'model'}: {trainer.pruner.num_params:,} parameters of the source's "
+            f"{trainer.pruner.source_params:,} ({shape_text(trainer.pruner.shape)})"
+        )
+        if losses:
+            after = {step: self.valid_losses[step] for step in steps if step > 0}
+            best = min(after, key=lambda step: after[step])
+            say(
+                f"validation loss: source {losses['source']:.4f}, last {losses['result']:.4f} (step {steps[-1]}), "
+                f"best {after[best]:.4f} (step {best})"
+            )
+        if trainer.skipped:
+            say(f"{trainer.skipped} steps were skipped because the loss or its gradient was not finite")
+
+    def _save(self, folder: Path, tokens: int, losses: dict[str, float], annealed: bool) -> None:
+        pruner = self.trainer.pruner
+        facts = Facts(
+            model=self.config.model,
+            data=self.config.data,
+            params=pruner.num_params,
+            source_params=pruner.source_params,
+            shape=shape_words(pruner.shape),
+            tokens=tokens,
+            losses=losses,
+            command=command_line(self.config),
+            annealed=annealed,
+        )
+        save_model(
+            self.trainer.model,
+            folder,
+            tokenizer=self.source.tokenizer,
+            source=self.source.path,
+            dtype=self.source.dtype,
+            card=model_card(facts, self.source.path),
+        )
+
+    def _resume_command(self) -> str:
+        return f"efficientllm prune --resume --out {quote(self.config.out)}"
+
+    def _last_good(self) -> str:
+        checkpoint = last_checkpoint(self.out / "checkpoints")
+        step = checkpoint.step if checkpoint else 0
+        return (
+            f"the last good checkpoint is at step {step}; go on from there with a lower --lr: {self._resume_command()}"
+        )
+
+
+def command_line(config: RunConfig) -> str:
+    """Returns the command that makes the same run."""
+    words = ["efficientllm", "prune", quote(config.model)]
+    for name, each in FIELDS.items():
+        value = getattr(config, name)
+        if name == "model" or value is None or value == each.default:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [flag_name(name)] if item is True else [flag_name(name), quote(str(item))]
+    return " ".join(words)
+
+
+def shape_words(shape: dict[str, int]) -> dict[str, int]:
+    return {
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["ffn"],
+        "num_attention_heads": shape["kv"] * shape["query"],
+        "num_key_value_heads": shape["kv"],
+    }
+
+
+def shape_text(shape: dict[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in shape_words(shape).items())
