@@ -13,7 +13,7 @@ from efficientllm.space.limits import check_target
 from efficientllm.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,8 +30,8 @@ class Source:
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def open_source(config: RunConfig) -> Source:
-    """Returns the source's space, limits and tokenizer; reads no weights.
+def open_space(config: RunConfig) -> tuple["PretrainedConfig", Space, Limits]:
+    """Returns the source's config, space and limits, with the targets checked; needs nothing but config.json.
 
     Raises:
         UnsupportedModelError, BudgetError: as `load_config`, `find_space`, `find_limits` and `check_target`.
@@ -54,6 +54,16 @@ def open_source(config: RunConfig) -> Source:
             f"--seq-len {config.seq_len} is above the model's max_position_embeddings "
             f"{model_config.max_position_embeddings}; lower it"
         )
+    return model_config, space, limits
+
+
+def open_source(config: RunConfig) -> Source:
+    """Returns what `open_space` does with the tokenizer and the result's dtype; reads no weights.
+
+    Raises:
+        UnsupportedModelError, BudgetError: as `open_space` and `load_tokenizer`.
+    """
+    model_config, space, limits = open_space(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     stored = getattr(model_config, "dtype", None)
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
