@@ -1,16 +1,15 @@
 """`efficientllm inspect`: the pruning space of a model as a table, from its config.json alone."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from efficientllm.errors import UnsupportedModelError
 from efficientllm.numbers import format_count
 from efficientllm.space import Limits, Space, find_limits, find_space
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 SEQ_LEN = 2048  # tokens of a row that the FLOPs are given for, the default of --seq-len
 UNITS = {
@@ -36,10 +35,10 @@ def print_space(
         UnsupportedModelError: the model cannot be read or pruned.
         BudgetError: a floor or multiple below 1.
     """
-    from efficientllm.delivery.load import load_config
+    from efficientllm.delivery.load import empty_model, load_config
 
     config = load_config(model, trust_remote_code)
-    space = find_space(empty_model(config, model, trust_remote_code))
+    space = find_space(empty_model(config, model))
     limits = find_limits(space, config, round_to=round_to, min_ffn=min_ffn, min_hidden=min_hidden, min_kv=min_kv)
     console = _console()
     for line in source_lines(model, config, space):
@@ -48,27 +47,6 @@ def print_space(
     for line in limit_lines(space, limits):
         console.print(line, markup=False)
     return 0
-
-
-def empty_model(config: "PretrainedConfig", model: str, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The model of a config on the meta device: names and shapes of its parameters, no memory.
-
-    Raises:
-        UnsupportedModelError: the sizes in the config contradict each other.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            built: PreTrainedModel = build(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever its parts raise
-        reason = str(error).strip() or type(error).__name__
-        raise UnsupportedModelError(
-            f"model {model}: cannot be built from its config ({reason.splitlines()[0]}); check config.json"
-        ) from None
-    return built
 
 
 def source_lines(model: str, config: "PretrainedConfig", space: Space) -> list[str]:
