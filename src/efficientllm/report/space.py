@@ -68,8 +68,8 @@ def source_lines(model: str, config: "PretrainedConfig", space: Space) -> list[s
 
 
 def format_bytes(value: float) -> str:
-    """Returns a number of bytes in three digits or so: 269 MB, 13.5 GB."""
-    unit, size = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6)
+    """Returns a number of bytes with one digit behind the point: 35.8 kB, 269.0 MB, 13.5 GB."""
+    unit, size = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6) if value >= 1e6 else ("kB", 1e3)
     return f"{value / size:.1f} {unit}"
 
 
