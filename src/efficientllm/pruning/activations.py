@@ -1,4 +1,4 @@
-"""Inputs of the consumers, kept from the forward pass that trains, for the second-order update (method.md section 6)."""
+"""Inputs of the consumers, kept from the forward pass that trains: what variant B solves with (method.md section 6)."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class InputSampler:
 
     def _keep(self, reader: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not module.training or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return  # evaluation, or the first pass of a checkpointed block
             X = args[0].detach().flatten(0, -2)
             room = max(ROW_CAP, 2 * X.shape[-1]) - sum(len(rows) for rows in self.rows[reader])
@@ -52,7 +52,7 @@ class InputSampler:
 
 
 def consumer_inputs(space: Space) -> dict[tuple[str, str], list[str]]:
-    """Returns the modules that read each distinct input, by (parent module, kind of in-channel); the head is none of them."""
+    """Returns the modules that read each distinct input, by (parent module, kind of in-channel); no head."""
     readers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for dim in space.dims():
         for slot in dim.slots:
@@ -77,7 +77,7 @@ def compensate_(model: nn.Module, space: Space, units: Mapping[str, list[int]], 
                     removed[module].update(entries(slot.start, slot.block, units[dim.name]).tolist())
     for names in consumer_inputs(space).values():
         if names[0] in removed and sampler.rows[names[0]]:
-            layers = [model.get_submodule(name) for name in names]
+            layers: list[Any] = [model.get_submodule(name) for name in names]
             X = sampler.inputs(names[0])
             columns = torch.tensor(sorted(removed[names[0]]), device=X.device)
             for layer, updated in zip(layers, absorb_all([layer.weight for layer in layers], X, columns), strict=True):

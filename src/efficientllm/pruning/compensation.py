@@ -1,8 +1,8 @@
 """The second-order weight update of variant B (method.md section 6): consumers absorb the in-channels that go.
 
-    W  (out, in)   a consumer's weight          X  (rows, in)  its inputs on the current batch
-    P              in-channels that go          K              in-channels that stay
-    H  = XᵀX + damp·mean(diag XᵀX)·I            Z  = H⁻¹ E_P, one solve for all of P
+W  (out, in)   a consumer's weight          X  (rows, in)  its inputs on the current batch
+P              in-channels that go          K              in-channels that stay
+H  = XᵀX + damp·mean(diag XᵀX)·I            Z  = H⁻¹ E_P, one solve for all of P
 """
 
 import torch
@@ -12,7 +12,7 @@ DAMP = 1e-2  # of the mean diagonal (SparseGPT, ZipLM)
 
 
 def damped_gram(X: Tensor, damp: float = DAMP) -> Tensor:
-    """Returns H (in, in) in at least float32; the damping's mean runs over live in-channels, those that are not all zero."""
+    """Returns H (in, in) in at least float32; its damping's mean runs over in-channels that are not all zero."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     H = X.T @ X
     diagonal = H.diagonal()
@@ -43,7 +43,9 @@ def _solve(H: Tensor, removed: Tensor) -> Tensor:
     E[removed, torch.arange(len(removed), device=H.device)] = 1
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info):
-        raise torch.linalg.LinAlgError("the layer's inputs give no positive definite Hessian")
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "the layer's inputs give no positive definite Hessian"
+        )
     return torch.cholesky_solve(E, factor)
 
 
@@ -51,4 +53,5 @@ def _absorb(W: Tensor, Z: Tensor, removed: Tensor) -> Tensor:
     precise = W.to(Z.dtype)
     updated = precise - precise[:, removed] @ torch.linalg.solve(Z[removed], Z.T)
     updated[:, removed] = 0
-    return updated.to(W.dtype)
+    result: Tensor = updated.to(W.dtype)
+    return result

@@ -7,7 +7,8 @@ follow right after it (method.md section 7).
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import BudgetError, UnsupportedModelError
 from efficientllm.pruning.activations import InputSampler, compensate_
+from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.relabel import relabel_llama_
-from efficientllm.pruning.removal import compact_, count_live_, retire_, survivors
-from efficientllm.pruning.saliency import Saliency, Scored, Scores, score_units, smooth
+from efficientllm.pruning.removal import check_state, compact_, count_live_, retire_
+from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, score_units, smooth
+from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
 from efficientllm.pruning.selection import (
-    Queue,
     Removal,
     can_land,
     choose_kind,
@@ -31,8 +33,23 @@ from efficientllm.pruning.selection import (
     queue_groups,
 )
 from efficientllm.space import Limits, find_limits, find_space
-from efficientllm.space.dims import Shape
-from efficientllm.space.limits import check_target, needs_heads_divide_hidden
+from efficientllm.space.dims import Shape, Space
+from efficientllm.space.limits import check_target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes in one optimizer step.
+
+    Attributes:
+        removals: in their order.
+        units: what they take, in the present numbering, by dim name.
+        next_step: the pace's memory after them.
+    """
+
+    removals: list[Removal]
+    units: dict[str, list[int]]
+    next_step: float
 
 
 class Pruner:
@@ -46,7 +63,7 @@ class Pruner:
         saliency, score, score_ema: first order or "fisher"; "output" layers or "all"; decay of a moving average.
         compensate: the second-order update of variant B.
         limits: legal shapes, from `find_limits`; by default rounded to 64 from 10M parameters on.
-        compaction_tile: retired units that wait for one compaction; a matter of speed only (default: the limits' tiles).
+        compaction_tile: retired units that wait for one compaction, a matter of speed (default: the limits' tiles).
         save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
     Attributes:
@@ -73,12 +90,12 @@ class Pruner:
         save_at: Sequence[int] = (),
         on_landing: Callable[[int], None] | None = None,
     ) -> None:
-        self.space = find_space(model)
-        self.limits = limits or find_limits(self.space, model.config)
+        space = find_space(model)
+        self.limits = limits or find_limits(space, model.config)
         for size in (target_params, *save_at):
-            check_target(self.space, self.limits, size, "target")
-            if size < self.space.num_params(self.limits.source) and not can_land(
-                self.limits.source, self.limits, self.space.num_params, size
+            check_target(space, self.limits, size, "target")
+            if size < space.num_params(self.limits.source) and not can_land(
+                self.limits.source, self.limits, space.num_params, size
             ):
                 raise BudgetError(
                     f"target {size:,}: no legal shape lies within one FFN tile under it (tiles {self.limits.tile}, "
@@ -88,45 +105,51 @@ class Pruner:
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
         if missing:
             raise UnsupportedModelError(
-                f"the optimizer does not hold '{missing[0]}' and {len(missing) - 1} more parameters of this model; build "
-                "it from model.parameters() before the Pruner"
+                f"the optimizer does not hold '{missing[0]}' and {len(missing) - 1} more parameters of this model; "
+                "build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
         self.pace = pace or SlotPace(slot_steps=1)
         self.saliency, self.scored, self.score_ema = saliency, score, score_ema
         self.compaction_tile = compaction_tile
         self.targets = sorted({target_params, *save_at}, reverse=True)
-        self.source_params = self.space.num_params(self.limits.source)
+        self.source_params = space.num_params(self.limits.source)
         self.target_params = target_params
         self.on_landing = on_landing
         self.removals: list[Removal] = []
         self.fishers: dict[str, Tensor] | None = None
         self.step = 0
         self.next_step = 0.0
-        self._retired: dict[str, list[int]] = {}
-        self._origin = {dim.name: list(range(dim.size)) for dim in self.space.dims()}
-        self._average: Scores | None = None
-        self._planned: list[tuple[Removal, dict[str, int]]] | None = None
+        self._ledger = Ledger(space)
+        self._plan: Plan | None = None
         self._norms = LiveNorms()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         relabel_llama_(model)
-        self._sampler = InputSampler(model, self.space) if compensate else None
-        self._compact_before_saving()
-        while self.targets and is_landed(self.shape, self.limits, self.space.num_params, self.targets[0]):
+        self._sampler = InputSampler(model, space) if compensate else None
+        owner = weakref.ref(self)
+
+        def compact(saved: nn.Module) -> None:
+            pruner = owner()
+            if pruner is not None and pruner.model is saved:
+                pruner.compact()
+
+        call_before_saving(model, compact)
+        while self.targets and self._is_landed():
             self.targets.pop(0)  # a target equal to the source is plain training
-        if self.done and self._sampler:
-            self._sampler.close()
+        self._rest_if_done()
+
+    @property
+    def space(self) -> Space:
+        """The pruning space at the model's present physical shape."""
+        return self._ledger.space
 
     @property
     def shape(self) -> Shape:
         """Live units of every kind."""
-        return {
-            kind: bundle.size - len(self._retired.get(bundle.dims[0].name, ()))
-            for kind, bundle in self.space.bundles.items()
-        }
+        return self._ledger.shape
 
     @property
     def num_params(self) -> int:
@@ -140,21 +163,19 @@ class Pruner:
 
     def is_due(self, step: int) -> bool:
         """Returns whether a removal falls due at an optimizer step."""
-        return not self.done and self.pace.is_due(
-            step, self.next_step, self.num_params, self.source_params, self.target_params
-        )
+        return not self.done and self._is_due(step, self.next_step, self.num_params)
 
     def score(self) -> None:
         """Scores the present gradients and plans this step's removals; a loop that clips calls it before it does.
 
-        Without the call the optimizer's own step does it, from the gradients it is given.
+        Without the call the optimizer's own step does it, from the gradients it is given. A plan whose step is skipped
+        is replaced by the next call's.
         """
-        if self._planned is None:
-            self._planned = self._plan(self.step + 1)
+        self._plan = self._plan_step(self.step + 1)
 
     def compact(self) -> None:
         """Compacts whatever waits, so that every shape is the stock one of this size."""
-        self._compact(list(self.space.bundles))
+        self._compact(self.space.bundles)
 
     def close(self) -> None:
         """Compacts and takes every hook off; the model stays as it is."""
@@ -164,194 +185,148 @@ class Pruner:
         if self._sampler:
             self._sampler.close()
         self._norms.clear()
-        self.model.__dict__.pop("save_pretrained", None)
+        save_as_before(self.model)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
-        if closure is None and args and callable(args[0]):
-            closure = args[0]
+        """Scores, at once or inside the closure that will make the gradients; torch passes the optimizer as args[0]."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self.score()
+            self._score_once()
             return None
 
         def scored_closure() -> Any:
             loss = closure()
-            self.score()
+            self._score_once()
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": scored_closure}
-        return tuple(scored_closure if item is closure else item for item in args), kwargs
+        return args[:1], {**kwargs, "closure": scored_closure}
+
+    def _score_once(self) -> None:
+        if self._plan is None:
+            self.score()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
-        planned, self._planned = self._planned or [], None
-        if planned:
-            self._execute(planned)
+        plan, self._plan = self._plan, None
+        if plan and plan.removals:
+            self._execute(plan)
         if self._sampler:
             self._sampler.clear()
-            if self.done:
-                self._sampler.close()
+            self._rest_if_done()
 
     @torch.no_grad()
-    def _plan(self, step: int) -> list[tuple[Removal, dict[str, int]]]:
-        """Returns this step's removals with the units that each takes in the present numbering."""
+    def _plan_step(self, step: int) -> Plan:
+        """Returns this step's removals; none if the gradients are broken, which say nothing about any unit."""
+        nothing = Plan([], {}, self.next_step)
         due = self.is_due(step)
         if self.done or not (due or self.score_ema):
-            return []
+            return nothing
         params = dict(self.model.named_parameters())
+        grads = {name: param.grad for name, param in params.items()}
         scores = score_units(
             self.space,
             params,
-            {name: param.grad for name, param in params.items()},
+            grads,
             saliency=self.saliency,
             scored=self.scored,
-            retired=self._retired,
+            retired=self._ledger.retired,
             fishers=self.fishers,
         )
-        if not all(bool(torch.isfinite(score).any(dim=1).all()) for kind, score in scores.items() if kind != "query"):
-            return []  # a broken gradient says nothing about any unit
+        if all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired):
+            return nothing
         if self.score_ema:
-            self._average = scores = smooth(self._average, scores, self.score_ema)
-        if not due:
-            return []
-        return self._choose(step, self._queues(scores))
+            self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
+        return self._choose(step, scores) if due else nothing
 
-    def _queues(self, scores: Scores) -> dict[str, Queue]:
-        queues = {}
-        for kind, bundle in self.space.bundles.items():
-            counted = None
-            if kind == "query":
-                waiting = {f"layers.{dim.layer}.query.{unit}" for dim in self.space.bundles["kv"].dims
-                           for unit in self._retired.get(dim.name, ())}  # fmt: skip
-                counted = [dim.name not in waiting for dim in bundle.dims]
-            queues[kind] = queue_groups(scores[kind], counted)
-        return queues
-
-    def _choose(self, step: int, queues: Mapping[str, Queue]) -> list[tuple[Removal, dict[str, int]]]:
-        planned: list[tuple[Removal, dict[str, int]]] = []
-        shape, num_params, targets, next_step = self.shape, self.space.num_params, list(self.targets), self.next_step
-        while targets and self.pace.is_due(
-            step, next_step, num_params(shape), self.source_params, self.target_params
-        ):
-            kind = choose_kind(queues, shape, self.limits, num_params, targets)
-            if kind is None:
-                raise BudgetError(f"no group can be removed from {shape} on the way to {targets[0]:,} parameters")
-            saliencies = {name: queue.head for name, queue in queues.items() if shape[name] > self.limits.floor[name]}
-            chosen = dict(zip((dim.name for dim in self.space.bundles[kind].dims), queues[kind].pop(), strict=True))
-            before = num_params(shape)
-            next_step = self.pace.wait(next_step, step, o_columns(kind, shape, self.space.head_dim))
-            shape = {**shape, kind: shape[kind] - 1}
-            units = {name: self._origin[name][unit] for name, unit in chosen.items()}
-            planned.append((Removal(step, kind, units, saliencies, before, num_params(shape)), chosen))
-            if is_landed(shape, self.limits, num_params, targets[0]):
-                break  # a rung is saved before anything else goes
-        self.next_step = next_step
-        return planned
-
-    def _execute(self, planned: list[tuple[Removal, dict[str, int]]]) -> None:
+    def _choose(self, step: int, scores: Scores) -> Plan:
+        queues = {
+            kind: queue_groups(score, self._ledger.live_queries({}) if kind == "query" else None)
+            for kind, score in scores.items()
+        }
+        shape, num_params, next_step = self.shape, self.space.num_params, self.next_step
+        removals: list[Removal] = []
         units: dict[str, list[int]] = {}
-        for removal, chosen in planned:
-            self.removals.append(removal)
+        while self._is_due(step, next_step, num_params(shape)):
+            kind = choose_kind(queues, shape, self.limits, num_params, self.targets)
+            if kind is None:
+                raise BudgetError(f"no group can be removed from {shape} on the way to {self.targets[0]:,} parameters")
+            dims = self.space.bundles[kind].dims
+            counted = self._ledger.live_queries(units) if kind == "query" else [True] * len(dims)
+            saliencies = {name: queue.head for name, queue in queues.items() if shape[name] > self.limits.floor[name]}
+            chosen = dict(zip((dim.name for dim in dims), queues[kind].pop(), strict=True))
+            after = {**shape, kind: shape[kind] - 1}
+            named = self._ledger.in_source(
+                {dim.name: chosen[dim.name] for dim, one in zip(dims, counted, strict=True) if one}
+            )
+            removals.append(Removal(step, kind, named, saliencies, num_params(shape), num_params(after)))
             for name, unit in chosen.items():
                 units.setdefault(name, []).append(unit)
+            next_step = self.pace.wait(next_step, step, o_columns(kind, shape, self.space.head_dim))
+            shape = after
+            if is_landed(shape, self.limits, num_params, self.targets[0]):
+                break  # a rung is saved before anything else goes
+        return Plan(removals, units, next_step)
+
+    def _execute(self, plan: Plan) -> None:
+        check_state(self.optimizer)
         if self._sampler:
-            compensate_(self.model, self.space, units, self._sampler)
-        retire_(self.model, self.optimizer, self.space, units)
-        for name, chosen_units in units.items():
-            self._retired.setdefault(name, []).extend(chosen_units)
-        kinds = {removal.kind for removal, _ in planned}
-        landed = is_landed(self.shape, self.limits, self.space.num_params, self.targets[0])
-        if landed:
+            compensate_(self.model, self.space, plan.units, self._sampler)
+        retire_(self.model, self.optimizer, self.space, plan.units)
+        self._ledger.retire(plan.units)
+        self.removals += plan.removals
+        self.next_step = plan.next_step
+        kinds = {removal.kind for removal in plan.removals}
+        if self._is_landed():
             self.compact()
         else:
-            self._compact([kind for kind in kinds if kind == "query" or self.shape[kind] % self._tile(kind) == 0])
-        if kinds & {"hidden", "kv", "query"}:
-            count_live_(self.model, self._norms, self.space, self._retired)
-        while self.targets and is_landed(self.shape, self.limits, self.space.num_params, self.targets[0]):
+            self._compact(kind for kind in kinds if kind == "query" or self.shape[kind] % self._tile(kind) == 0)
+        count_live_(self.model, self._norms, self.space, self._ledger.retired)
+        while self.targets and self._is_landed():
             size = self.targets.pop(0)
             if self.on_landing:
                 self.on_landing(size)
 
+    def _compact(self, kinds: Iterable[str]) -> None:
+        units = self._ledger.waiting(kinds)
+        if units:
+            compact_(self.model, self.optimizer, self.space, units)
+            self._ledger.renumber(units, find_space(self.model))
+            count_live_(self.model, self._norms, self.space, self._ledger.retired)
+
+    def _is_due(self, step: int, next_step: float, num_params: int) -> bool:
+        return self.pace.is_due(step, next_step, num_params, self.source_params, self.target_params)
+
+    def _is_landed(self) -> bool:
+        return is_landed(self.shape, self.limits, self.space.num_params, self.targets[0])
+
     def _tile(self, kind: str) -> int:
         return self.limits.tile[kind] if self.compaction_tile is None else self.compaction_tile
 
-    def _compact(self, kinds: Sequence[str]) -> None:
-        """Drops the retired units of some kinds and renumbers everything that names units."""
-        dims = [dim for kind in kinds for dim in self.space.bundles[kind].dims if self._retired.get(dim.name)]
-        if not dims:
-            return
-        units = {dim.name: self._retired[dim.name] for dim in dims}
-        stay = {dim.name: survivors(dim, units) for dim in self.space.dims()}
-        origin = {name: [self._origin[name][unit] for unit in kept] for name, kept in stay.items()}
-        compact_(self.model, self.optimizer, self.space, units)
-        self._retired = {name: rest for name, rest in self._retired.items() if name not in units}
-        if self._average:
-            self._average = {
-                kind: torch.stack([self._average[kind][row, stay[dim.name]] for row, dim in enumerate(bundle.dims)])
-                for kind, bundle in self.space.bundles.items()
-            }
-        self._drop_queries_of(stay, origin)
-        self.space = find_space(self.model)
-        count_live_(self.model, self._norms, self.space, self._retired)
-
-    def _drop_queries_of(self, stay: Mapping[str, list[int]], origin: dict[str, list[int]]) -> None:
-        """Renumbers the query dims of the KV groups that stay: a KV group takes its query dim along."""
-        kv_dims, query_dims = self.space.bundles["kv"].dims, self.space.bundles["query"].dims
-        per_layer = len(query_dims) // len(kv_dims)
-        rows = [row * per_layer + unit for row, dim in enumerate(kv_dims) for unit in stay[dim.name]]
-        queries: dict[str, list[int]] = {}
-        for dim in kv_dims:
-            for new, old in enumerate(stay[dim.name]):
-                queries[f"layers.{dim.layer}.query.{new}"] = origin[f"layers.{dim.layer}.query.{old}"]
-        self._origin = {name: value for name, value in origin.items() if ".query." not in name} | queries
-        if self._average:
-            self._average["query"] = self._average["query"][rows]
-
-    def _compact_before_saving(self) -> None:
-        """Lets `model.save_pretrained` compact first: a folder with pending units would load as another function."""
-        owner = weakref.ref(self)
-        save = self.model.save_pretrained
-
-        def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-            pruner = owner()
-            if pruner is not None:
-                pruner.compact()
-                check_saveable(pruner.model.config)
-            return save(*args, **kwargs)
-
-        self.model.__dict__["save_pretrained"] = save_pretrained
+    def _rest_if_done(self) -> None:
+        if self.done and self._sampler:
+            self._sampler.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, and tensors under "average"."""
+        """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""
         return {
             "step": self.step,
             "next_step": self.next_step,
             "source_params": self.source_params,
-            "targets": self.targets,
-            "limits": vars(self.limits),
-            "retired": self._retired,
-            "origin": self._origin,
-            "average": self._average or {},
+            "targets": list(self.targets),
+            "limits": asdict(self.limits),
+            **self._ledger.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state; the model must have the shape it had, pending units included (they are zero)."""
+        """Continues from a state; the model must have the shape it had, pending units included (they are zero).
+
+        Raises:
+            CheckpointError: if it has another.
+        """
+        self._ledger.load_state_dict(state)
         self.step, self.next_step = state["step"], state["next_step"]
         self.source_params, self.targets = state["source_params"], list(state["targets"])
         self.limits = Limits(**state["limits"])
-        self._retired = {name: list(units) for name, units in state["retired"].items()}
-        self._origin = {name: list(units) for name, units in state["origin"].items()}
-        self._average = dict(state["average"]) or None
-        count_live_(self.model, self._norms, self.space, self._retired)
-        if self.done and self._sampler:
-            self._sampler.close()
-
-
-def check_saveable(config: Any) -> None:
-    """Raises UnsupportedModelError if transformers would refuse the config only after it began to write the folder."""
-    if needs_heads_divide_hidden(config) and config.hidden_size % config.num_attention_heads:
-        raise UnsupportedModelError(
-            f"{config.model_type} cannot be saved at hidden size {config.hidden_size} with {config.num_attention_heads} "
-            "heads; save when the open tile of hidden dimensions is complete"
-        )
+        self._plan = None
+        count_live_(self.model, self._norms, self.space, self._ledger.retired)
+        self._rest_if_done()

@@ -1,5 +1,7 @@
 """Llama's config refuses hidden sizes that its heads do not divide; Mistral's does not, and is the same function."""
 
+from typing import Any
+
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 
@@ -7,7 +9,7 @@ from efficientllm.space.limits import has_llama_bias
 
 
 def mistral_config(config: LlamaConfig) -> MistralConfig:
-    """Returns the Mistral config of a bias-free Llama: same keys, same function, any shape (architecture.md section 5)."""
+    """Returns the Mistral config of a bias-free Llama: same keys, same function, any shape (architecture.md, 5)."""
     values = config.to_dict()
     for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
         values.pop(name, None)
@@ -28,7 +30,7 @@ def llama_config(config: MistralConfig) -> LlamaConfig:
 
 def relabel_llama_(model: nn.Module) -> None:
     """Gives a bias-free Llama a Mistral's config and class name, so that `save_pretrained` works at every size."""
-    config = model.config
+    config: Any = model.config
     if config.model_type != "llama" or has_llama_bias(config):
         return
     relabelled = mistral_config(config)

@@ -1,4 +1,4 @@
-"""Removal: retire changes the function and leaves shapes, compact changes shapes and leaves the function (section 5)."""
+"""Removal: retire changes the function and leaves shapes, compact changes shapes and leaves the function."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -40,7 +40,8 @@ def count_live_(model: nn.Module, norms: LiveNorms, space: Space, retired: Retir
         size = params[name].shape[0]
         norms.set(model.get_submodule(name.rpartition(".")[0]), live.get((name, 0), size), size)
     hidden = space.shape["hidden"] - len(retired.get("hidden", ()))
-    for module in model.modules():
+    for embedding in model.modules():
+        module: Any = embedding
         if hasattr(module, "scalar_embed_scale"):  # Gemma multiplies embeddings by sqrt(hidden_size)
             module.scalar_embed_scale = sqrt(hidden)
             module.embed_scale.fill_(sqrt(hidden))
@@ -84,36 +85,29 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
         replaced[old] = new
     for group in optimizer.param_groups if optimizer is not None else ():
         group["params"] = [replaced.get(param, param) for param in group["params"]]
-    shape = {
-        kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()
-    }
+    shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}
     resize_config(model, shape, space.head_dim)
 
 
 def resize_config(model: nn.Module, shape: Shape, head_dim: int) -> None:
-    """Writes a shape into the config and into the attributes that modules copied from it."""
-    config = model.config
-    old_hidden, old_ffn = config.hidden_size, config.intermediate_size
-    config.hidden_size, config.intermediate_size = shape["hidden"], shape["ffn"]
-    config.num_key_value_heads = shape["kv"]
-    config.num_attention_heads = shape["kv"] * shape["query"]
-    config.head_dim = head_dim
-    copies = {"hidden_size": old_hidden, "intermediate_size": old_ffn}
+    """Writes a shape into the config and into the attributes that modules copied from it, by their names."""
+    sizes = {
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["ffn"],
+        "num_key_value_heads": shape["kv"],
+        "num_attention_heads": shape["kv"] * shape["query"],
+    }
+    for name, size in {**sizes, "head_dim": head_dim}.items():
+        setattr(model.config, name, size)
+    copies = {**sizes, "num_heads": sizes["num_attention_heads"], "num_key_value_groups": shape["query"]}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = module.weight.shape[1]
-        for attribute, old in copies.items():
-            if getattr(module, attribute, None) == old:
-                setattr(module, attribute, getattr(config, attribute))
-        if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = shape["query"]
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = shape["kv"]
-        for attribute in ("num_heads", "num_attention_heads"):
-            if hasattr(module, attribute) and isinstance(getattr(module, attribute), int):
-                setattr(module, attribute, config.num_attention_heads)
+        for name, size in copies.items():
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, size)
 
 
 def entries(start: int, block: int, units: list[int]) -> Tensor:
@@ -126,20 +120,30 @@ def state_tensors(optimizer: Optimizer | None, param: nn.Parameter) -> dict[str,
     """Returns the optimizer's tensors that have a parameter's shape, by their name in its state.
 
     Raises:
-        UnsupportedModelError: if it keeps a tensor of another shape (a factored second moment).
+        UnsupportedModelError: if it keeps anything larger than a number in another shape (a factored second moment).
     """
     state: dict[str, Any] = optimizer.state.get(param, {}) if optimizer is not None else {}
     found = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() == 1 and value.shape != param.shape:
+        if not isinstance(value, Tensor | list | tuple | dict) or (
+            isinstance(value, Tensor) and value.numel() == 1 and value.shape != param.shape
+        ):
             continue  # Adam's step counter
-        if value.shape != param.shape:
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            kept = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"(a {type(value).__name__})"
             raise UnsupportedModelError(
-                f"{type(optimizer).__name__} keeps '{name}' of shape {tuple(value.shape)} for a parameter of shape "
+                f"{type(optimizer).__name__} keeps '{name}' {kept} for a parameter of shape "
                 f"{tuple(param.shape)}; use an optimizer whose state has the parameter's shape, such as AdamW"
             )
         found[name] = value
     return found
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Raises UnsupportedModelError if the optimizer keeps state that cannot be cut, before anything is changed."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state_tensors(optimizer, param)
 
 
 def survivors(dim: Dim, units: Retired) -> list[int]:
@@ -152,4 +156,3 @@ def _select(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
     for axis, index in axes:
         tensor = tensor.index_select(axis, index)
     return tensor
-

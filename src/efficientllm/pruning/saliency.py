@@ -26,7 +26,7 @@ def first_order(weight: Tensor, grad: Tensor, fisher: Tensor | None = None) -> T
 
 
 def second_order(weight: Tensor, grad: Tensor, fisher: Tensor | None = None) -> Tensor:
-    """Returns |g·w - ½·F·w²| with the diagonal Fisher F (LLM-Pruner); F = g² where only the step's gradient is known."""
+    """Returns |g·w - ½·F·w²| with the diagonal Fisher F (LLM-Pruner); F = g² where only the gradient is known."""
     change = weight * grad
     curvature = change.square() if fisher is None else weight.square().mul_(fisher)
     return change.sub_(curvature, alpha=0.5).abs_()
@@ -88,8 +88,17 @@ def score_units(
     return scores
 
 
+def are_whole(scores: Scores, space: Space, retired: Retired) -> bool:
+    """Returns whether every unit that is not retired has a finite score."""
+    return all(
+        int(scores[kind].isfinite().sum())
+        == len(bundle.dims) * bundle.size - sum(len(retired.get(dim.name, ())) for dim in bundle.dims)
+        for kind, bundle in space.bundles.items()
+    )
+
+
 def live_lengths(space: Space, retired: Retired) -> dict[tuple[str, int], int]:
-    """Returns how many entries of each (parameter, axis) belong to live units, where some do not: counts count live ones."""
+    """Returns how many entries of each (parameter, axis) belong to live units, where some do not; means count those."""
     gone: dict[tuple[str, int], int] = defaultdict(int)
     length: dict[tuple[str, int], int] = defaultdict(int)
     for dim in space.dims():

@@ -12,6 +12,7 @@ from efficientllm.space.cost import Polynomial
 from efficientllm.space.dims import Shape
 from efficientllm.space.limits import Limits
 
+
 @dataclass(frozen=True)
 class Removal:
     """One minimal parameter group that goes: the decision, ready to be executed, printed or replayed.
@@ -30,6 +31,7 @@ class Removal:
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
+
 
 @dataclass
 class Queue:
@@ -51,6 +53,7 @@ class Queue:
         self.taken += 1
         return chosen
 
+
 def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue:
     """Returns the groups of a bundle from its unit scores (dims, units), least salient first; ties break by index.
 
@@ -60,6 +63,7 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
     if counted is not None:
         ordered = ordered[torch.tensor(counted)]
     return Queue(units.tolist(), ordered.double().mean(0).tolist())
+
 
 def choose_kind(
     queues: Mapping[str, Queue], shape: Shape, limits: Limits, num_params: Polynomial, targets: Sequence[int]
@@ -71,9 +75,11 @@ def choose_kind(
             return kind
     return None
 
+
 def is_landed(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> bool:
     """Returns whether the shape is legal and at or under the target."""
     return num_params(shape) <= target and limits.close(shape) == shape
+
 
 def may_remove(kind: str, shape: Shape, limits: Limits, num_params: Polynomial, targets: Sequence[int]) -> bool:
     """Returns whether a unit of `kind` may go so that the model can still end within one FFN tile of every target.
@@ -87,6 +93,7 @@ def may_remove(kind: str, shape: Shape, limits: Limits, num_params: Polynomial, 
         return closed[kind] < shape[kind]
     after = limits.close({**shape, kind: shape[kind] - 1})
     return after == closed or all(can_land(after, limits, num_params, target) for target in targets)
+
 
 def can_land(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> bool:
     """Returns whether a legal shape at or below `shape` has between (target - one FFN tile over all layers, target].
@@ -111,17 +118,19 @@ def can_land(shape: Shape, limits: Limits, num_params: Polynomial, target: int) 
             low, high = (low, middle - 1) if fit > 0 else (middle + 1, high)
     return False
 
+
 def _fills(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> int:
     """Returns 0 if FFN tiles can bring the shape into the window, 1 if it stays too large, -1 if it is too small."""
     if num_params({**shape, "ffn": limits.floor["ffn"]}) > target:
         return 1
     return 0 if num_params(shape) > target - ffn_tile_params(shape, limits, num_params) else -1
 
+
 def ffn_tile_params(shape: Shape, limits: Limits, num_params: Polynomial) -> int:
     """Returns the parameters that one FFN tile over all layers holds."""
     return num_params({**shape, "ffn": limits.tile["ffn"]}) - num_params({**shape, "ffn": 0})
 
+
 def o_columns(kind: str, shape: Shape, head_dim: int) -> int:
     """Returns what a group takes in slots: a channel 1, a stem dimension 2, heads the columns of O per layer."""
     return {"ffn": 1, "hidden": 2, "kv": shape["query"] * head_dim, "query": shape["kv"] * head_dim}[kind]
-

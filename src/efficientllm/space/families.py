@@ -50,9 +50,7 @@ FAMILIES: dict[str, Table] = {
         "self_attn.qkv_proj.weight": (("query", "kv", "kv"), "hidden"),
         "mlp.gate_up_proj.weight": (("ffn", "ffn"), "hidden"),
     },
-    "olmo2": LLAMA
-    | POST_NORMS
-    | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("kv",)},
+    "olmo2": LLAMA | POST_NORMS | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("kv",)},
     "gemma": LLAMA,
     "gemma2": LLAMA | POST_NORMS,
     "gemma3_text": LLAMA | POST_NORMS | HEAD_NORMS,

@@ -1,6 +1,7 @@
 """find_space(model): reads a model's parameters against its family's table."""
 
 from collections import defaultdict
+from typing import Any
 
 from torch import nn
 
@@ -19,8 +20,8 @@ def find_space(model: nn.Module) -> Space:
         UnsupportedModelError: if the family is unknown, a parameter has no row in its table, or an axis has another
             length than the config says.
     """
-    config = model.config
-    family = config.model_type
+    config: Any = model.config
+    family: str = config.model_type
     if family not in FAMILIES:
         reason = REFUSED.get(family, "no table of axis labels")
         raise UnsupportedModelError(
@@ -80,10 +81,14 @@ def find_space(model: nn.Module) -> Space:
     }
     sizes = {"hidden": config.hidden_size, "ffn": config.intermediate_size, "kv": num_kv, "query": group}
     bundles = {
-        kind: Bundle(kind, tuple(Dim(name, kind, layer, sizes[kind], tuple(slots[name])) for name, layer in names[kind]))
+        kind: Bundle(
+            kind, tuple(Dim(name, kind, layer, sizes[kind], tuple(slots[name])) for name, layer in names[kind])
+        )
         for kind in KINDS
     }
-    tied = tuple(sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))))
+    tied = tuple(
+        sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters())))
+    )
     return Space(bundles, num_params, head_dim, num_layers, config.vocab_size, tied)
 
 
@@ -92,7 +97,8 @@ def _labels(name: str, table: dict[str, tuple[Label, ...]], family: str, shape: 
         if (name == suffix or name.endswith("." + suffix)) and len(labels) == len(shape):
             return labels
     raise UnsupportedModelError(
-        f"{family}: no axis labels for '{name}' {shape}. Add the family to space/families.py (docs/families.md shows how)."
+        f"{family}: no axis labels for '{name}' {shape}. Add the family to space/families.py "
+        "(docs/families.md shows how)."
     )
 
 

@@ -57,7 +57,8 @@ def find_limits(
     """Returns the legal shapes of a model.
 
     `round_to` is a property of the result: FFN and hidden widths, and the columns of O, stay multiples of it (default 1
-    below 10M parameters, 64 above). A kind that cannot be rounded so, or that the family's config would refuse, is frozen.
+    below 10M parameters, 64 above). A kind that cannot be rounded so, or that the family's config would refuse, is
+    frozen.
     """
     source = space.shape
     if round_to is None:
@@ -89,10 +90,8 @@ def find_limits(
             raise BudgetError(f"--min-{kind} {least}: no layer is ever emptied, so it must be at least 1")
         least = -(-least // unit) * unit
         if kind in frozen or least >= size:
-            if kind not in frozen and asked[kind] is None and unit < size and size % unit == 0:
-                least = unit
-            else:
-                least = size
+            may_go_lower = kind not in frozen and asked[kind] is None and unit < size and size % unit == 0
+            least = unit if may_go_lower else size
         floor[kind] = least
     return Limits(source, tile, floor, notes)
 

@@ -1,0 +1,109 @@
+"""Ledger: which units wait to be compacted, and what every unit was called in the source."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from efficientllm.errors import CheckpointError
+from efficientllm.pruning.removal import survivors
+from efficientllm.pruning.saliency import Scores
+from efficientllm.space.dims import Shape, Space
+
+
+class Ledger:
+    """Keeps everything that names units right, while a compaction renumbers them.
+
+    Attributes:
+        space: the model's, at its present physical shape.
+        retired: units that are zero but not yet compacted, by dim name.
+        origin: source index of every physical unit, by dim name.
+        average: the moving average of the scores, if one is kept.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.retired: dict[str, list[int]] = {}
+        self.origin = {dim.name: list(range(dim.size)) for dim in space.dims()}
+        self.average: Scores | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Live units of every kind."""
+        return {
+            kind: bundle.size - len(self.retired.get(bundle.dims[0].name, ()))
+            for kind, bundle in self.space.bundles.items()
+        }
+
+    def retire(self, units: Mapping[str, list[int]]) -> None:
+        for name, chosen in units.items():
+            self.retired.setdefault(name, []).extend(chosen)
+
+    def waiting(self, kinds: Iterable[str]) -> dict[str, list[int]]:
+        """Returns the retired units of some kinds, by dim name."""
+        names = [dim.name for kind in kinds for dim in self.space.bundles[kind].dims]
+        return {name: self.retired[name] for name in names if self.retired.get(name)}
+
+    def live_queries(self, also_gone: Mapping[str, list[int]]) -> list[bool]:
+        """Returns which query dims belong to KV groups that are neither retired nor in `also_gone` (by dim name)."""
+        gone = {
+            f"layers.{dim.layer}.query.{unit}"
+            for dim in self.space.bundles["kv"].dims
+            for unit in (*self.retired.get(dim.name, ()), *also_gone.get(dim.name, ()))
+        }
+        return [dim.name not in gone for dim in self.space.bundles["query"].dims]
+
+    def in_source(self, chosen: Mapping[str, int]) -> dict[str, int]:
+        """Returns chosen units (by dim name) under the source's names and indices."""
+        units = {}
+        for name, unit in chosen.items():
+            head, is_query, group = name.partition(".query.")
+            source = f"{head}.query.{self.origin[head + '.kv'][int(group)]}" if is_query else name
+            units[source] = self.origin[name][unit]
+        return units
+
+    def renumber(self, gone: Mapping[str, list[int]], space: Space) -> None:
+        """Forgets compacted units and counts on in `space`, the one that is left."""
+        stay = {dim.name: survivors(dim, gone) for dim in self.space.dims()}
+        layers = {dim.layer: stay[dim.name] for dim in self.space.bundles["kv"].dims}
+
+        def before(name: str) -> str:
+            """Returns what a dim of the new space was called: a KV group takes its query dim along."""
+            head, is_query, group = name.partition(".query.")
+            return f"{head}.query.{layers[int(head.removeprefix('layers.'))][int(group)]}" if is_query else name
+
+        old = {dim.name: before(dim.name) for dim in space.dims()}
+        self.origin = {name: [self.origin[was][unit] for unit in stay[was]] for name, was in old.items()}
+        if self.average:
+            average = {
+                dim.name: self.average[kind][row]
+                for kind, bundle in self.space.bundles.items()
+                for row, dim in enumerate(bundle.dims)
+            }
+            self.average = {
+                kind: torch.stack([average[old[dim.name]][stay[old[dim.name]]] for dim in bundle.dims])
+                for kind, bundle in space.bundles.items()
+            }
+        self.retired = {name: list(units) for name, units in self.retired.items() if name not in gone}
+        self.space = space
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns JSON values, and tensors under "average"."""
+        return {
+            "retired": {name: list(units) for name, units in self.retired.items()},
+            "origin": {name: list(units) for name, units in self.origin.items()},
+            "average": dict(self.average or {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError if the state is another shape's."""
+        found = {dim.name: dim.size for dim in self.space.dims()}
+        saved = {name: len(units) for name, units in state["origin"].items()}
+        if found != saved:
+            name = next(name for name in {**saved, **found} if saved.get(name) != found.get(name))
+            raise CheckpointError(
+                f"the state is of another shape: '{name}' has {saved.get(name)} units there and {found.get(name)} here"
+            )
+        self.retired = {name: list(units) for name, units in state["retired"].items()}
+        self.origin = {name: list(units) for name, units in state["origin"].items()}
+        self.average = dict(state["average"]) or None
