@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from efficientllm import __version__
@@ -217,10 +218,14 @@ def _add_config(parser: Parser) -> None:
 
 
 def _config(given: argparse.Namespace) -> RunConfig:
-    """Defaults, below the file, below the flags."""
+    """Defaults, below a resumed run's own config, below the file, below the flags."""
     flags = {name: value for name, value in vars(given).items() if name in FIELDS}
     path = getattr(given, "config", None)
-    return from_dict((read_yaml(path) if path else {}) | flags)
+    below: dict[str, Any] = read_yaml(path) if path else {}
+    stored = Path(flags.get("out", below.get("out", ""))).expanduser() / "config.yaml"
+    if getattr(given, "resume", False) and stored.is_file():
+        below = read_yaml(stored) | below
+    return from_dict(below | flags)
 
 
 def _checked(given: argparse.Namespace) -> RunConfig:
@@ -263,7 +268,9 @@ def _prune(given: argparse.Namespace) -> int:
     if given.print_config:
         validate(config, complete=False)
         return _print(config)
-    validate(config)
+    if given.resume and not config.out:
+        raise ConfigError("--out is missing; name the run folder to go on with")
+    validate(config, complete=not given.resume)
     from efficientllm.training.run import prune
 
     return prune(config, resume=given.resume)

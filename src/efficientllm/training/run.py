@@ -33,11 +33,11 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     Raises:
         EfficientLLMError: whatever a person can mend; nothing is half-written.
     """
-    validate(config)
     out = Path(config.out).expanduser()
     exit_on_sigterm()
     if resume:
         return _resume(config, out)
+    validate(config)
     check_new(out)
     source = open_source(config)
     recipe, config = _resolve(config, source)
@@ -54,7 +54,8 @@ def prune(config: RunConfig, *, resume: bool) -> int:
 
 def _resume(config: RunConfig, out: Path) -> int:
     stored = stored_config(out)
-    config = replace(continued(config, stored), out=str(out))
+    config = replace(continued(config, stored), out=config.out)
+    validate(config)
     more = config.tokens > stored.tokens
     if (out / "model").exists() and not more:
         print(f"{out} is finished: the result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}")
