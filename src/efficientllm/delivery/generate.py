@@ -1,6 +1,6 @@
 """Text from a model, streamed to the terminal."""
 
-from efficientllm.delivery.load import load_model, load_tokenizer
+from efficientllm.delivery.load import load_config, load_model, load_tokenizer
 
 
 def generate_text(
@@ -14,6 +14,7 @@ def generate_text(
     import torch
     from transformers import TextStreamer
 
+    load_config(model, trust_remote_code)  # says what is wrong with a folder better than its tokenizer does
     tokenizer = load_tokenizer(model, trust_remote_code)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,9 @@ def prepare_command(
     sources = [parse_source(spec) for spec in data]
     loaded = load_tokenizer(tokenizer, trust_remote_code)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # off a terminal even a transient bar leaves an empty line
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading")
 
         def show(documents: int, tokens: int) -> None:
