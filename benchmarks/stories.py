@@ -27,7 +27,7 @@ def run(shared: Path, out: Path, target: int, seed: int, more: list[str]) -> tup
     if main(words):
         raise SystemExit(2)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(row["tokens_per_second"] and 2048 / row["tokens_per_second"] or 0.0 for row in rows)
+    seconds = sum((row["tokens_per_second"] and 2048 / row["tokens_per_second"]) or 0.0 for row in rows)
     return seconds, [row for row in rows if "valid_loss" in row]
 
 

@@ -49,7 +49,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(data: Path, out: Path, **changed: str | None) -> list[str]:
     flags: dict[str, str | None] = {**SMALL, "--data": str(data), "--out": str(out)}
     flags.update({"--" + name.replace("_", "-"): value for name, value in changed.items()})
-    return ["prune", str(SOURCE), *(word for flag, value in flags.items() if value is not None for word in (flag, value))]
+    return [
+        "prune",
+        str(SOURCE),
+        *(word for flag, value in flags.items() if value is not None for word in (flag, value)),
+    ]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -197,9 +201,7 @@ def test_resume_of_a_finished_run_and_of_none(
 @pytest.mark.parametrize(
     ("flag", "value"), [("--target-params", "550k"), ("--data", "other.jsonl"), ("--seed", "3"), ("--tokens", "6000")]
 )
-def test_resume_refuses_another_run(
-    finished: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_refuses_another_run(finished: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = result_bytes(finished)
     assert main(["prune", "--resume", "--out", str(finished), flag, value]) == 2
     error = capsys.readouterr().err
@@ -207,7 +209,9 @@ def test_resume_refuses_another_run(
     assert result_bytes(finished) == before
 
 
-def test_more_tokens_go_on_from_before_the_decay(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_tokens_go_on_from_before_the_decay(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "longer"
     shutil.copytree(finished, out)
     assert main(["prune", "--resume", "--out", str(out), "--tokens", str(24 * 512)]) == 0

@@ -51,8 +51,8 @@ def model_card(facts: Facts, source: Path) -> str:
     state = (
         ""
         if facts.annealed
-        else "\n**A rung of a ladder of sizes, saved on the way to a smaller one; its learning rate was not annealed.** "
-        "Train it on (`efficientllm prune` with this folder as MODEL and its own size as target) before use.\n"
+        else "\n**A rung of a ladder of sizes, saved on the way to a smaller one; its learning rate was not annealed.**"
+        " Train it on (`efficientllm prune` with this folder as MODEL and its own size as target) before use.\n"
     )
     return f"""---
 {data.to_yaml()}
