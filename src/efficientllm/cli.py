@@ -35,11 +35,6 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
 }
-PLAN = (
-    *("target_params", *LIMITS, "save_at", "prune_tokens", "slot_steps", "removals_per_step", "tokens"),
-    *("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
-    *("saliency", "score", "compensate", "dtype", "trust_remote_code"),
-)  # what changes shape, schedule or memory
 MESSAGES = {  # argparse's words to ours
     r"^argument (-\S+): expected one argument$": r"\1: a value is missing",
     r"^argument (-\S+): ignored explicit argument (.*)$": r"\1 takes no value, found \2",
@@ -134,7 +129,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "shows shapes, steps, FLOPs and memory of a run before it starts",
     )
     _add_model(plan)
-    _add_groups(plan, PLAN)
+    _add_groups(plan)  # all of them: `prune` in a command becomes `plan`, and it says what would happen
     _add_config(plan)
     plan.add_argument("--like", metavar="RUN", help="take the order of removals from this run's log")
 
@@ -155,7 +150,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "makes a model smaller while it trains",
     )
     _add_model(prune)
-    _add_groups(prune, [name for names in GROUPS.values() for name in names])
+    _add_groups(prune)
     _add_config(prune)
     prune.add_argument("--resume", action="store_true", help="go on with the run in --out")
 
@@ -180,11 +175,10 @@ def _add_model(parser: Parser, required: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id", **absent)
 
 
-def _add_groups(parser: Parser, names: Iterable[str]) -> None:
-    """The flags of these fields of RunConfig under their headings."""
-    for title, members in GROUPS.items():
-        if chosen := [name for name in members if name in names]:
-            _add_fields(parser.add_argument_group(title), chosen)
+def _add_groups(parser: Parser) -> None:
+    """The flags of RunConfig under their headings."""
+    for title, names in GROUPS.items():
+        _add_fields(parser.add_argument_group(title), names)
 
 
 def _add_fields(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
