@@ -168,7 +168,7 @@ def test_plan_takes_what_changes_shape_schedule_or_memory(capsys: pytest.Capture
         ("--versio", ["unknown flag --versio", "did you mean --version?"]),
         ("prune M --dta x", ["unknown flag --dta", "did you mean --data?"]),
         ("prune M --targetparams=1M", ["unknown flag --targetparams", "did you mean --target-params?"]),
-        ("plan M --data x", ["unknown flag --data"]),
+        ("inspect M --data x", ["unknown flag --data"]),
         ("prepare x --tokeniser M --out o", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
         ("prepare x --out o", ["--tokenizer is missing"]),
         ("prepare x --tokenizer M --out o --txt-split lines", ["--txt-split lines", "did you mean line?"]),

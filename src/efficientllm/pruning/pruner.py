@@ -92,14 +92,18 @@ class Pruner:
     ) -> None:
         space = find_space(model)
         self.limits = limits or find_limits(space, model.config)
-        for size in (target_params, *save_at):
+        self.targets = sorted({target_params, *save_at}, reverse=True)
+        self.source_params = space.num_params(self.limits.source)
+        for rung, size in enumerate(self.targets):
             check_target(space, self.limits, size, "target")
-            if size < space.num_params(self.limits.source) and not can_land(
-                self.limits.source, self.limits, space.num_params, size
+            before = [each for each in self.targets[:rung] if each < self.source_params]
+            if size < self.source_params and not can_land(
+                self.limits.source, self.limits, space.num_params, *before, size
             ):
+                found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
                 raise BudgetError(
-                    f"target {size:,}: no legal shape lies within one FFN tile under it (tiles {self.limits.tile}, "
-                    f"floors {self.limits.floor}); ask for another size, or lower --round-to"
+                    f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
+                    f"{self.limits.tile}, floors {self.limits.floor}); ask for another size, or lower --round-to"
                 )
         known = {id(param) for group in optimizer.param_groups for param in group["params"]}
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
@@ -112,8 +116,6 @@ class Pruner:
         self.pace = pace or SlotPace(slot_steps=1)
         self.saliency, self.scored, self.score_ema = saliency, score, score_ema
         self.compaction_tile = compaction_tile
-        self.targets = sorted({target_params, *save_at}, reverse=True)
-        self.source_params = space.num_params(self.limits.source)
         self.target_params = target_params
         self.on_landing = on_landing
         self.removals: list[Removal] = []

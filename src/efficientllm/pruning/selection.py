@@ -1,7 +1,9 @@
 """Selection: which group goes next, and whether the model can still land on its target (issue 1, "Landing")."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -92,31 +94,46 @@ def may_remove(kind: str, shape: Shape, limits: Limits, num_params: Polynomial, 
     if num_params(closed) <= targets[0]:
         return closed[kind] < shape[kind]
     after = limits.close({**shape, kind: shape[kind] - 1})
-    return after == closed or all(can_land(after, limits, num_params, target) for target in targets)
+    return after == closed or can_land(after, limits, num_params, *targets)
 
 
-def can_land(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> bool:
-    """Returns whether a legal shape at or below `shape` has between (target - one FFN tile over all layers, target].
+def can_land(shape: Shape, limits: Limits, num_params: Polynomial, *targets: int) -> bool:
+    """Returns whether legal shapes lie at or below `shape`, each at or below the one before, that land on every target.
+
+    A shape lands where its parameters lie in (target - one FFN tile over all layers, target]. Targets fall.
+    """
+    if not targets:
+        return True
+    return any(
+        can_land(landing, limits, num_params, *targets[1:])
+        for landing in _landings(shape, limits, num_params, targets[0])
+    )
+
+
+def _landings(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> Iterator[Shape]:
+    """Yields the shapes at or below `shape` that land on a target, each with the widest FFN that does.
 
     With the other kinds fixed, FFN tiles cover a whole interval in steps of one tile, so only the others are searched:
-    the shape's own first, then smaller hidden sizes, by bisection, for every number of heads.
+    the shape's own first, then for every number of heads the hidden sizes, larger ones first, from the largest that is
+    not too large, by bisection.
     """
     if _fills(shape, limits, num_params, target) == 0:
-        return True
+        yield _filled(shape, limits, num_params, target)
     hidden_sizes = limits.legal_sizes("hidden", shape["hidden"])
     heads = product(
         reversed(limits.legal_sizes("kv", shape["kv"])), reversed(limits.legal_sizes("query", shape["query"]))
     )
     for num_kv, num_query in heads:
-        low, high = 0, len(hidden_sizes) - 1
-        while low <= high:
-            middle = (low + high) // 2
-            candidate = {**shape, "hidden": hidden_sizes[middle], "kv": num_kv, "query": num_query}
-            fit = _fills(candidate, limits, num_params, target)
-            if fit == 0:
-                return True
-            low, high = (low, middle - 1) if fit > 0 else (middle + 1, high)
-    return False
+        with_heads = {**shape, "kv": num_kv, "query": num_query}
+        fits = partial(_fills_at, with_heads, limits, num_params, target)
+        for hidden in reversed(hidden_sizes[: bisect_left(hidden_sizes, 1, key=fits)]):
+            if fits(hidden) < 0:
+                break
+            yield _filled({**with_heads, "hidden": hidden}, limits, num_params, target)
+
+
+def _fills_at(shape: Shape, limits: Limits, num_params: Polynomial, target: int, hidden: int) -> int:
+    return _fills({**shape, "hidden": hidden}, limits, num_params, target)
 
 
 def _fills(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> int:
@@ -124,6 +141,13 @@ def _fills(shape: Shape, limits: Limits, num_params: Polynomial, target: int) ->
     if num_params({**shape, "ffn": limits.floor["ffn"]}) > target:
         return 1
     return 0 if num_params(shape) > target - ffn_tile_params(shape, limits, num_params) else -1
+
+
+def _filled(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> Shape:
+    """Returns a shape that fills with the widest legal FFN at or under the target."""
+    widths = limits.legal_sizes("ffn", shape["ffn"])
+    fitting = bisect_right(widths, target, key=lambda ffn: num_params({**shape, "ffn": ffn}))
+    return {**shape, "ffn": widths[fitting - 1]}
 
 
 def ffn_tile_params(shape: Shape, limits: Limits, num_params: Polynomial) -> int:
