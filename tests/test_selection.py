@@ -1,0 +1,241 @@
+"""The landing rule and the order of removals, by simulation, without a model."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from efficientllm.pruning.schedule import LinearPace, SlotPace
+from efficientllm.pruning.selection import (
+    Queue,
+    Removal,
+    can_land,
+    choose_kind,
+    ffn_tile_params,
+    is_landed,
+    may_remove,
+    o_columns,
+    queue_groups,
+)
+from efficientllm.space import Limits, Polynomial, Space, find_limits, find_space
+from efficientllm.space.dims import Shape
+from families import NAMES, make_config, meta_model
+
+
+def space_of(config: Any) -> Space:
+    return find_space(meta_model(config))
+
+
+def random_queues(limits: Limits, draw: random.Random) -> dict[str, Queue]:
+    """Queues of random saliencies, each kind at a scale of its own, so that often one is exhausted first."""
+    queues = {}
+    for kind, size in limits.source.items():
+        scale = 10 ** draw.uniform(-3, 3)
+        queues[kind] = Queue([list(range(size))], sorted(scale * draw.random() for _ in range(size)))
+    return queues
+
+
+def land(limits: Limits, num_params: Polynomial, targets: list[int], queues: dict[str, Queue]) -> list[Shape]:
+    """Removes group after group, as Pruner does, and returns the shape at every landing."""
+    shape, left, landed = dict(limits.source), list(targets), []
+    for _ in range(sum(shape.values()) + 1):
+        while left and is_landed(shape, limits, num_params, left[0]):
+            left.pop(0)
+            landed.append(dict(shape))
+        if not left:
+            return landed
+        kind = choose_kind(queues, shape, limits, num_params, left)
+        assert kind is not None, f"stuck at {shape} on the way to {left[0]}"
+        queues[kind].pop()
+        shape[kind] -= 1
+        assert shape[kind] >= limits.floor[kind] >= 1, "a layer was emptied"
+    raise AssertionError("never landed")
+
+
+def assert_lands(space: Space, limits: Limits, targets: list[int], draw: random.Random) -> None:
+    for shape, target in zip(
+        land(limits, space.num_params, targets, random_queues(limits, draw)), targets, strict=True
+    ):
+        params = space.num_params(shape)
+        # a kind that was never touched keeps the source's size, a multiple of the tile or not
+        assert all(size == limits.source[kind] or size % limits.tile[kind] == 0 for kind, size in shape.items())
+        assert target - ffn_tile_params(shape, limits, space.num_params) < params <= target, (shape, params, target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("round_to", [1, 4, 8])
+def test_lands_on_random_targets_of_every_family(name: str, round_to: int) -> None:
+    draw = random.Random(f"{name}{round_to}")
+    landed = 0
+    for heads in ("grouped", "multihead"):
+        config = make_config(name, heads, intermediate_size=52, hidden_size=48)
+        space = space_of(config)
+        limits = find_limits(space, config, round_to=round_to, min_ffn=4, min_hidden=8)
+        most, least = space.num_params(limits.source), space.num_params(limits.floor)
+        for _ in range(25):
+            targets = sorted((draw.randint(least, most - 1) for _ in range(draw.choice((1, 1, 2, 3)))), reverse=True)
+            if can_land(limits.source, limits, space.num_params, *targets):
+                assert_lands(space, limits, targets, draw)
+                landed += len(targets)
+    assert landed > 40
+
+
+@pytest.mark.parametrize("round_to", [1, 64, 128])
+@pytest.mark.parametrize("target", [70_000_000, 100_000_000, 120_000_000, 51_234_567])
+def test_lands_on_real_sizes(round_to: int, target: int) -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    space = space_of(config)
+    limits = find_limits(space, config, round_to=round_to)
+    assert space.num_params(limits.source) == 134_515_008
+    for seed in range(2):
+        assert_lands(space, limits, [target], random.Random(seed))
+
+
+def test_without_the_rule_a_run_misses_its_target() -> None:
+    """Negative control: the least salient kind every time, closing tiles at the end, ends outside the window."""
+    config = make_config("llama", hidden_size=48, intermediate_size=52)
+    space = space_of(config)
+    limits = find_limits(space, config, round_to=8, min_ffn=4, min_hidden=8)
+    most, least = space.num_params(limits.source), space.num_params(limits.floor)
+    draw, missed = random.Random(0), 0
+    for _ in range(100):
+        target, shape, queues = draw.randint(least, most), dict(limits.source), random_queues(limits, draw)
+        while space.num_params(limits.close(shape)) > target:
+            kinds = [kind for kind in shape if shape[kind] > limits.floor[kind]]
+            kind = min(kinds, key=lambda kind: (queues[kind].head, kind))
+            queues[kind].pop()
+            shape[kind] -= 1
+        closed = limits.close(shape)
+        missed += space.num_params(closed) <= target - ffn_tile_params(closed, limits, space.num_params)
+    assert missed > 20
+
+
+def lands(space: Space, limits: Limits, shape: Shape, target: int) -> bool:
+    return target - ffn_tile_params(shape, limits, space.num_params) < space.num_params(shape) <= target
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_can_land_is_the_exhaustive_search(seed: int) -> None:
+    draw = random.Random(seed)
+    config = make_config("mistral", hidden_size=32, intermediate_size=36)
+    space = space_of(config)
+    limits = find_limits(space, config, round_to=4, min_ffn=4, min_hidden=4)
+    source = limits.source
+    shapes = [
+        {"hidden": hidden, "ffn": ffn, "kv": kv, "query": query}
+        for hidden in limits.legal_sizes("hidden", source["hidden"])
+        for ffn in limits.legal_sizes("ffn", source["ffn"])
+        for kv in limits.legal_sizes("kv", source["kv"])
+        for query in limits.legal_sizes("query", source["query"])
+    ]
+    answers = set()
+    for _ in range(60):
+        start, target = draw.choice(shapes), draw.randint(0, space.num_params(source))
+        below = [shape for shape in shapes if all(shape[kind] <= start[kind] for kind in start)]
+        expected = any(lands(space, limits, shape, target) for shape in below)
+        assert can_land(start, limits, space.num_params, target) == expected
+        answers.add(expected)
+        lower = target - draw.randint(1, 2000)
+        landings = [shape for shape in below if lands(space, limits, shape, target)]
+        chain = any(
+            all(shape[kind] <= first[kind] for kind in shape) and lands(space, limits, shape, lower)
+            for first in landings
+            for shape in below
+        )
+        assert can_land(start, limits, space.num_params, target, lower) == chain
+    assert answers == {True, False}
+
+
+def test_ties_go_by_name() -> None:
+    config = make_config("llama")
+    space = space_of(config)
+    limits = find_limits(space, config)
+    target = space.num_params(limits.floor)
+
+    def equal(saliency: float, **others: float) -> dict[str, Queue]:
+        return {k: Queue([list(range(n))], [others.get(k, saliency)] * n) for k, n in limits.source.items()}
+
+    def first(queues: dict[str, Queue]) -> str | None:
+        return choose_kind(queues, limits.source, limits, space.num_params, [target])
+
+    assert first(equal(1.0)) == "ffn"
+    assert first(dict(reversed(equal(1.0).items()))) == "ffn"
+    assert first(equal(1.0, query=0.5, hidden=0.5)) == "hidden"
+    assert first(equal(1.0, query=0.25, hidden=0.5)) == "query"
+    scores = torch.tensor([[2.0, 1.0, 1.0, 3.0]])
+    assert queue_groups(scores).pop() == [1] and queue_groups(scores.flip(1)).pop() == [1]
+
+
+def test_a_kind_at_its_floor_and_an_overshoot_are_passed_over() -> None:
+    config = make_config("llama")
+    space = space_of(config)
+    limits = find_limits(space, config)
+    num_params, source = space.num_params, limits.source
+    assert not may_remove("ffn", {**source, "ffn": limits.floor["ffn"]}, limits, num_params, [1])
+    target = num_params(source) - ffn_tile_params(source, limits, num_params)  # exactly one channel
+    assert may_remove("ffn", source, limits, num_params, [target])
+    assert not may_remove("kv", source, limits, num_params, [target]), "a KV group overshoots by more than a channel"
+    queues = random_queues(limits, random.Random(0))
+    queues["kv"].saliencies = [0.0] * source["kv"]
+    assert choose_kind(queues, source, limits, num_params, [target]) == "ffn"
+
+
+def test_open_tiles_are_completed_at_the_end() -> None:
+    config = make_config("llama", hidden_size=48, intermediate_size=64)
+    space = space_of(config)
+    limits = find_limits(space, config, round_to=16, min_ffn=16, min_hidden=16)
+    shape = {**limits.source, "ffn": 60}
+    target = space.num_params(limits.close(shape))
+    assert [kind for kind in shape if may_remove(kind, shape, limits, space.num_params, [target])] == ["ffn"]
+    assert not is_landed(shape, limits, space.num_params, target)
+    assert is_landed(limits.close(shape), limits, space.num_params, target)
+
+
+def test_slots_are_the_papers() -> None:
+    shape = {"hidden": 100, "ffn": 100, "kv": 5, "query": 3}
+    costs = {kind: o_columns(kind, shape, 64) for kind in shape}
+    assert costs == {"ffn": 1, "hidden": 2, "kv": 3 * 64, "query": 5 * 64}
+
+
+def test_removals_are_plain_rows() -> None:
+    removal = Removal(3, "ffn", {"layers.0.ffn": 7}, {"ffn": 0.5}, 100, 90)
+    assert removal.as_row() == {
+        "step": 3, "kind": "ffn", "units": {"layers.0.ffn": 7}, "saliencies": {"ffn": 0.5},
+        "params_before": 100, "params_after": 90,
+    }  # fmt: skip
+
+
+# --- schedule -------------------------------------------------------------------------------------------------------
+
+
+def test_linear_pace_follows_its_line() -> None:
+    pace = LinearPace(steps=110, warmup_steps=10)
+    assert not pace.is_due(10, 0, 1000, 1000, 500) and pace.is_due(11, 0, 1000, 1000, 500)
+    params, seen = 1000, {}
+    for step in range(1, 120):
+        while params > 500 and pace.is_due(step, 0, params, 1000, 500):
+            params -= 7
+        seen[step] = params
+    for step in range(11, 111):
+        line = 1000 - 500 * (step - 10) / 100
+        assert line - 7 < seen[step] <= line
+    assert pace.is_due(110, 0, 1, 1000, 500), "at its end everything is due"
+
+
+@pytest.mark.parametrize("slot_steps", [9, 1, 0.25])
+def test_slot_pace_waits_in_proportion(slot_steps: float) -> None:
+    for equal in (False, True):
+        pace, next_step, due, slots = SlotPace(slot_steps, 5, equal), 0.0, [], [1, 2, 64, 1, 1, 2]
+        for step in range(1, 2000):
+            while len(due) < len(slots) and pace.is_due(step, next_step, 0, 0, 0):
+                next_step = pace.wait(next_step, step, slots[len(due)])
+                due.append(step)
+        waited = [0.0]
+        for cost in slots[:-1]:
+            waited.append(waited[-1] + slot_steps * (1 if equal else cost))
+        assert due == [int(6 + wait) for wait in waited]
