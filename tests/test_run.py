@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"batch_tokens": "500"}, ["--batch-tokens", "multiple"]),
         ({"batch_tokens": "64Mi", "tokens": "64Mi", "prune_tokens": "64Mi"}, ["fewer than one batch"]),
         ({"text_field": "body"}, ["body"]),
-        ({"data": "missing.jsonl"}, ["missing.jsonl"]),
+        ({"valid": "missing.jsonl"}, ["missing.jsonl"]),
         ({"seq_len": "1024", "batch_tokens": "2048"}, ["max_position_embeddings"]),
         ({"save_at": "700k"}, ["--save-at"]),
     ],

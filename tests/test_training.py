@@ -138,8 +138,8 @@ def test_an_exploding_gradient_is_told() -> None:
 def test_a_floor_and_one_sided_removal_are_told() -> None:
     seen = watch()
     shape = {"hidden": 40, "ffn": 50, "kv": 2, "query": 2}
-    assert not seen.look_at([removal("ffn", 1000, 800)], shape)  # too early to say
-    assert "100%" in seen.look_at([removal("ffn", 800, 700)], shape)[0]
+    assert not seen.look_at([removal("ffn", 1000, 600)], shape)  # too early to say
+    assert "100%" in seen.look_at([removal("ffn", 600, 400)], shape)[0]
     mixed = watch()
     assert not mixed.look_at([removal("ffn", 1000, 800), removal("hidden", 800, 600)], shape)
     assert "floor of 40" in mixed.look_at([removal("ffn", 600, 500)], {**shape, "ffn": 40})[0]

@@ -1,12 +1,12 @@
 """Errors that a user can cause and mend. Each message says what was asked, what was found and what to do.
 
-    EfficientLLMError
-      ConfigError             a flag, key or value that does not fit
-      BudgetError             a size that the model cannot take
-      UnsupportedModelError   a model that cannot be read or pruned
-      DataError               text or token shards that cannot be used
-      CheckpointError         a run folder that cannot be resumed
-      TrainingError           a run that cannot go on
+EfficientLLMError
+  ConfigError             a flag, key or value that does not fit
+  BudgetError             a size that the model cannot take
+  UnsupportedModelError   a model that cannot be read or pruned
+  DataError               text or token shards that cannot be used
+  CheckpointError         a run folder that cannot be resumed
+  TrainingError           a run that cannot go on
 """
 
 

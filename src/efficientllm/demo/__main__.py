@@ -11,7 +11,7 @@ from efficientllm.errors import EfficientLLMError
 from efficientllm.training.config import RunConfig
 
 PROMPT = "Return a new"
-TOKENS, PRUNE_TOKENS = 480 * 1024, 240 * 1024
+TOKENS, PRUNE_TOKENS = 800 * 1024, 320 * 1024
 NEW_TOKENS = 60
 
 
@@ -72,19 +72,19 @@ def show(before: dict[str, float], after: dict[str, float], samples: dict[str, s
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_lines=True)
+    table = Table()
     table.add_column("")
     table.add_column("source", ratio=1)
     table.add_column("result", ratio=1)
     names = ("params", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     for name in names:
         table.add_row(name, f"{before[name]:,}", f"{after[name]:,}")
-    table.add_row("valid_loss", f"{before['valid_loss']:.4f}", f"{after['valid_loss']:.4f}")
+    table.add_row("valid_loss", f"{before['valid_loss']:.4f}", f"{after['valid_loss']:.4f}", end_section=True)
     table.add_row("text", escape(samples["source"]), escape(samples["result"]))
     console = Console()
     console.print(table)
-    console.print(f"The run folder is {out}: metrics.jsonl, removals.jsonl, checkpoints/, and model/, which loads with")
-    console.print(f'AutoModelForCausalLM.from_pretrained("{out / "model"}").', markup=False)
+    print(f"run folder: {out} (config.yaml, metrics.jsonl, removals.jsonl, checkpoints/, model/)")
+    print(f"try: efficientllm generate {out / 'model'} 'Return a new'")
 
 
 def free_name(path: Path) -> Path:

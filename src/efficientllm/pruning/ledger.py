@@ -39,10 +39,18 @@ class Ledger:
         for name, chosen in units.items():
             self.retired.setdefault(name, []).extend(chosen)
 
-    def waiting(self, kinds: Iterable[str]) -> dict[str, list[int]]:
-        """Returns the retired units of some kinds, by dim name."""
-        names = [dim.name for kind in kinds for dim in self.space.bundles[kind].dims]
-        return {name: self.retired[name] for name in names if self.retired.get(name)}
+    def waiting(self, tiles: Mapping[str, int]) -> dict[str, list[int]]:
+        """Returns the retired units, by dim name, of the kinds in `tiles`: the oldest, in whole tiles.
+
+        What is left after them is the least multiple of the tile that holds every live unit.
+        """
+        shape, units = self.shape, {}
+        for kind, tile in tiles.items():
+            bundle = self.space.bundles[kind]
+            count = bundle.size + -shape[kind] // tile * tile
+            for dim in bundle.dims if count > 0 else ():
+                units[dim.name] = self.retired[dim.name][:count]
+        return units
 
     def live_queries(self, also_gone: Mapping[str, list[int]]) -> list[bool]:
         """Returns which query dims belong to KV groups that are neither retired nor in `also_gone` (by dim name)."""
@@ -84,7 +92,10 @@ class Ledger:
                 kind: torch.stack([average[old[dim.name]][stay[old[dim.name]]] for dim in bundle.dims])
                 for kind, bundle in space.bundles.items()
             }
-        self.retired = {name: list(units) for name, units in self.retired.items() if name not in gone}
+        self.retired = {
+            name: [stay[name].index(unit) for unit in units if unit not in gone.get(name, ())]
+            for name, units in self.retired.items()
+        }
         self.space = space
 
     def state_dict(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Pruner:
 
     def compact(self) -> None:
         """Compacts whatever waits, so that every shape is the stock one of this size."""
-        self._compact(self.space.bundles)
+        self._compact(dict.fromkeys(self.space.bundles, 1))
 
     def close(self) -> None:
         """Compacts and takes every hook off; the model stays as it is."""
@@ -281,15 +281,15 @@ class Pruner:
         if self._is_landed():
             self.compact()
         else:
-            self._compact(kind for kind in kinds if kind == "query" or self.shape[kind] % self._tile(kind) == 0)
+            self._compact({kind: self._tile(kind) for kind in kinds})
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         while self.targets and self._is_landed():
             size = self.targets.pop(0)
             if self.on_landing:
                 self.on_landing(size)
 
-    def _compact(self, kinds: Iterable[str]) -> None:
-        units = self._ledger.waiting(kinds)
+    def _compact(self, tiles: Mapping[str, int]) -> None:
+        units = self._ledger.waiting(tiles)
         if units:
             compact_(self.model, self.optimizer, self.space, units)
             self._ledger.renumber(units, find_space(self.model))
@@ -302,6 +302,8 @@ class Pruner:
         return is_landed(self.shape, self.limits, self.space.num_params, self.targets[0])
 
     def _tile(self, kind: str) -> int:
+        if kind == "query":
+            return 1  # query heads cannot wait: they wake up (method.md section 2)
         return self.limits.tile[kind] if self.compaction_tile is None else self.compaction_tile
 
     def _rest_if_done(self) -> None:

@@ -83,6 +83,7 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
             sliced = {key: _select(value, axes) for key, value in state_tensors(optimizer, old).items()}
             optimizer.state[new] = {**optimizer.state.pop(old), **sliced}
         replaced[old] = new
+        old.grad, old.data = None, old.data.new_empty(0)  # the old and the new model never stand side by side
     for group in optimizer.param_groups if optimizer is not None else ():
         group["params"] = [replaced.get(param, param) for param in group["params"]]
     shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}

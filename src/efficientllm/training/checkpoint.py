@@ -80,28 +80,13 @@ def save_checkpoint(
     step = state["step"]
     final = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    params = dict(model.named_parameters())
-    moments = {
-        f"{field}:{name}": value.detach().contiguous()
-        for name, param in params.items()
-        for field, value in optimizer.state.get(param, {}).items()
-        if isinstance(value, Tensor)
-    }
-    weights = {name: param.detach().contiguous() for name, param in params.items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    save_file(moments, partial / "optimizer.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in extra.items()}, partial / "extra.safetensors")
-    model.config.to_json_file(partial / "config.json", use_diff=False)
-    (partial / "state.json").write_text(json.dumps(state))
-    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
-    for file in partial.iterdir():
-        _fsync(file)
-    if final.exists():  # of a run that was cut back to an earlier step
-        shutil.rmtree(final)
-    partial.rename(final)
+    try:
+        _write(partial, model, optimizer, state, extra)
+        if final.exists():  # of a run that was cut back to an earlier step
+            shutil.rmtree(final)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _fsync(folder)
     _drop_old(folder, step, keep_before)
     return final
@@ -127,6 +112,35 @@ def last_checkpoint(
     if paths:
         raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start from step 0")
     return None
+
+
+def _write(
+    partial: Path,
+    model: "PreTrainedModel",
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Tensor],
+) -> None:
+    """Writes every file of a checkpoint into a new folder, the checksums last."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    params = dict(model.named_parameters())
+    weights = {name: param.detach().contiguous() for name, param in params.items()}
+    moments = {
+        f"{field}:{name}": value.detach().contiguous()
+        for name, param in params.items()
+        for field, value in optimizer.state.get(param, {}).items()
+        if isinstance(value, Tensor)
+    }
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(moments, partial / "optimizer.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in extra.items()}, partial / "extra.safetensors")
+    model.config.to_json_file(partial / "config.json", use_diff=False)
+    (partial / "state.json").write_text(json.dumps(state))
+    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
+    for file in partial.iterdir():
+        _fsync(file)
 
 
 def _damage(path: Path) -> str | None:

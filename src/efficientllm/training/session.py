@@ -5,6 +5,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from efficientllm.delivery.card import Facts, model_card
 from efficientllm.delivery.huggingface import save_model
 from efficientllm.errors import TrainingError
@@ -63,9 +65,9 @@ class Run:
             return 0
         except TrainingError as error:
             raise TrainingError(f"{error}; {self._last_good()}") from None
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"writing to {self.out} failed ({error.strerror or error}); free space, then: {self._resume_command()}"
+                f"writing to {self.out} failed ({error}); free space, then: {self._resume_command()}"
             ) from None
         finally:
             for log in (self.metrics, self.removals, self.external):

@@ -13,6 +13,7 @@ ENOUGH = 20  # recent steps before anything is said
 JUMP = 4.0  # standard deviations
 EXPLOSION = 20.0  # times the recent median
 DOMINANCE = 0.9  # share of the parameters removed
+EARLY = 0.5  # share of what is to go, before which nothing is said about it: FFN channels mostly go first
 FLAG = {"hidden": "--min-hidden", "ffn": "--min-ffn", "kv": "--min-kv"}
 
 
@@ -61,7 +62,7 @@ class Watch:
                 )
         total = sum(self.removed.values())
         for kind, taken in self.removed.items():
-            if total > 0.25 * self.total_removed and taken > DOMINANCE * total:
+            if total > EARLY * self.total_removed and taken > DOMINANCE * total:
                 found += self._tell(
                     f"one-sided {kind}",
                     f"{taken / total:.0%} of the removed parameters are {kind}; if that is not wanted, set "
