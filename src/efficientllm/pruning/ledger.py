@@ -1,6 +1,6 @@
 """Ledger: which units wait to be compacted, and what every unit was called in the source."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,10 +92,10 @@ class Ledger:
                 kind: torch.stack([average[old[dim.name]][stay[old[dim.name]]] for dim in bundle.dims])
                 for kind, bundle in space.bundles.items()
             }
-        self.retired = {
-            name: [stay[name].index(unit) for unit in units if unit not in gone.get(name, ())]
-            for name, units in self.retired.items()
-        }
+        for name, units in gone.items():
+            now = {unit: index for index, unit in enumerate(stay[name])}
+            self.retired[name] = [now[unit] for unit in self.retired[name] if unit not in units]
+        self.retired = {name: units for name, units in self.retired.items() if units}
         self.space = space
 
     def state_dict(self) -> dict[str, Any]:
