@@ -46,7 +46,8 @@ class InputSampler:
             X = args[0].detach().flatten(0, -2)
             room = max(ROW_CAP, 2 * X.shape[-1]) - sum(len(rows) for rows in self.rows[reader])
             if room > 0:
-                self.rows[reader].append(X[:: -(-len(X) // room)])
+                stride = -(-len(X) // room)
+                self.rows[reader].append(X if stride == 1 else X[::stride].clone())  # a view would keep all of X alive
 
         return keep
 
