@@ -5,6 +5,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def loop(pruner: Pruner, steps: int, start: int = 0, clip: bool = True) -> list[
         if clip:
             nn.utils.clip_grad_norm_(pruner.model.parameters(), 1.0)
         pruner.optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -252,7 +253,7 @@ def test_every_family_and_variant_lands_learns_and_loads(
 def test_every_family_lands_and_loads(name: str, heads: str, tmp_path: Path) -> None:
     model = make_model(name, heads, dtype=torch.float32)
     target = target_of(model, 0.4)
-    pruner = prune(model, pace=LinearPace(6, 1))
+    pruner = prune(model, target=target, pace=LinearPace(6, 1))
     loop(pruner, 8)
     assert_landed(pruner, target)
     assert_loads(model, tmp_path)
@@ -385,9 +386,9 @@ def test_targets_that_cannot_be_reached() -> None:
     for target, message in ((numel(model) + 1, "above the source's"), (10, "below the smallest"), (0, "positive")):
         with pytest.raises(BudgetError, match=message):
             prune(model, target=target if target else -1)
-    limits = limits_of(model, round_to=8, min_ffn=40, min_hidden=24)
+    frozen = limits_of(model, min_ffn=1000)  # nothing fine-grained is left to go
     with pytest.raises(BudgetError, match="lies within one FFN tile"):
-        prune(model, target=numel(model) - 2500, limits=limits)
+        prune(model, target=numel(model) - 1, limits=replace(frozen, tile={**frozen.tile, "hidden": 8}))
     assert "save_pretrained" not in vars(model)
 
 
@@ -437,17 +438,13 @@ def test_saving_leaves_the_run_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_constrained_family_says_when_it_can_be_saved(tmp_path: Path) -> None:
+    """transformers would write half of a folder before it notices."""
     model = make_model("gemma2")
-    pruner = prune(model, compaction_tile=1, target=target_of(model, 0.2))
-    for step in range(22):
-        loop(pruner, 1, start=step)
-        if model.config.hidden_size % model.config.num_attention_heads:
-            with pytest.raises(UnsupportedModelError, match="gemma2 cannot be saved at hidden size"):
-                model.save_pretrained(tmp_path / "x")
-            assert not (tmp_path / "x").exists()
-            break
-    else:
-        raise AssertionError("the stem never shrank")
+    pruner = prune(model)
+    model.config.hidden_size = model.config.num_attention_heads * 5 + 1
+    with pytest.raises(UnsupportedModelError, match="gemma2 cannot be saved at hidden size"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists() and not pruner.done
 
 
 def test_close_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -483,7 +480,7 @@ def test_a_pruner_that_is_gone_lets_its_model_be_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"score_ema": 0.7, "saliency": "fisher"}, {"compensate": True}])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_state_continues_bitwise(name: str, settings: dict[str, Any]) -> None:
     def make(model: Any, limits: Any) -> Pruner:
         return prune(
@@ -583,6 +580,8 @@ def test_scores_may_come_before_clipping() -> None:
         pruner = prune(make_model("llama"), saliency=saliency, pace=LinearPace(10))
         for step in range(10):
             backward(pruner, step)
+            for param in pruner.model.parameters():
+                param.grad *= 1e4  # the second-order term counts
             if score_first:
                 pruner.score()
             nn.utils.clip_grad_norm_(pruner.model.parameters(), 1e-2)
