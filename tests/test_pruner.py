@@ -138,6 +138,7 @@ class Compare(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # its name until v6
 @pytest.mark.parametrize("compensate", [False, True])
 def test_the_hugging_face_trainer_shrinks_saves_and_learns(tmp_path: Path, compensate: bool) -> None:
     model = make_model("qwen2", dtype=torch.float32)
@@ -162,6 +163,7 @@ def test_the_hugging_face_trainer_shrinks_saves_and_learns(tmp_path: Path, compe
     assert len(list(tmp_path.glob("checkpoint-*/model.safetensors"))) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # its name until v6
 def test_gradient_checkpointing_changes_nothing_of_variant_b() -> None:
     plain = prune(make_model("llama"), compensate=True)
     loop(plain, 22)
@@ -390,6 +392,19 @@ def test_targets_that_cannot_be_reached() -> None:
     with pytest.raises(BudgetError, match="lies within one FFN tile"):
         prune(model, target=numel(model) - 1, limits=replace(frozen, tile={**frozen.tile, "hidden": 8}))
     assert "save_pretrained" not in vars(model)
+
+
+def test_rungs_that_exclude_one_another_are_refused_at_the_start() -> None:
+    """Each can be landed on alone, but the shapes that land on the first leave no way to the second."""
+    model = make_model("llama", num_attention_heads=8)
+    limits = limits_of(model, min_ffn=40, min_hidden=24)  # only heads can go
+    num_params, source = find_space(model).num_params, limits.source
+    higher, lower = num_params({**source, "query": 2}), num_params({**source, "kv": 1})
+    assert source["kv"] == 2 and source["query"] == 4 and higher > lower
+    for target in (higher, lower):
+        prune(model, target=target, limits=limits).close()
+    with pytest.raises(BudgetError, match=f"target {lower:,}: of those that can land on {higher:,} first, none"):
+        prune(model, target=lower, save_at=[higher], limits=limits)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
