@@ -11,7 +11,7 @@ from efficientllm.errors import EfficientLLMError
 from efficientllm.training.config import RunConfig
 
 PROMPT = "Return a new"
-TOKENS, PRUNE_TOKENS = 800 * 1024, 320 * 1024
+TOKENS, PRUNE_TOKENS = 600 * 1024, 256 * 1024
 NEW_TOKENS = 60
 
 
