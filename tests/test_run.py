@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,11 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"valid": "missing.jsonl"}, ["missing.jsonl"]),
         ({"seq_len": "1024", "batch_tokens": "2048"}, ["max_position_embeddings"]),
         ({"save_at": "700k"}, ["--save-at"]),
+        pytest.param(
+            {"log_to": "wandb"},
+            ["--log-to wandb", "not installed"],
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here"),
+        ),
     ],
 )
 def test_bad_input_writes_nothing(

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_installed(kind: str | None) -> None:
+    """Raises ConfigError if what `--log-to` names is not installed."""
+    if kind is not None and find_spec(kind) is None:
+        raise ConfigError(f"--log-to {kind}: not installed; run pip install 'efficientllm[{kind}]'")
+
+
 class ExternalLog:
     """TensorBoard or wandb, whichever `--log-to` names; None logs nowhere."""
 
     def __init__(self, kind: str | None, out: Path, config: Mapping[str, Any]) -> None:
         self._board: Any = None
         self._wandb: Any = None
-        try:
-            if kind == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(out / "tensorboard"))
-            elif kind == "wandb":
-                import wandb
+            self._board = SummaryWriter(str(out / "tensorboard"))
+        elif kind == "wandb":
+            import wandb
 
-                self._wandb = wandb.init(project="efficientllm", name=out.name, dir=str(out), config=dict(config))
-        except ImportError:
-            raise ConfigError(f"--log-to {kind}: not installed; run pip install 'efficientllm[{kind}]'") from None
+            self._wandb = wandb.init(project="efficientllm", name=out.name, dir=str(out), config=dict(config))
 
     def append(self, row: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}

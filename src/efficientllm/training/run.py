@@ -17,6 +17,7 @@ from efficientllm.training.device import find_device, memory_bytes
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
+from efficientllm.training.logs import check_installed
 from efficientllm.training.memory import fitting_micro_batch
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe
@@ -35,6 +36,7 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     """
     out = Path(config.out).expanduser()
     exit_on_sigterm()
+    check_installed(config.log_to)
     if resume:
         return _resume(config, out)
     validate(config)
