@@ -2,8 +2,8 @@
 
     python benchmarks/steps.py [steps] [phase] [memory]      # by default all three, some 20 minutes
 
-Random weights, a row of 512 tokens a step, two threads, float32, AdamW. Plain and pruned steps alternate in one process,
-so that what else runs on the machine slows both; every ratio is a median over pairs.
+Random weights, a row of 512 tokens a step, two threads, float32, AdamW. Plain and pruned steps alternate in one
+process, so that what else runs on the machine slows both; every ratio is a median over pairs.
 """
 
 import resource
