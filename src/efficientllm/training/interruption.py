@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: the first asks the run to save and stop, the second stops it at once."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # exit codes 130 and 143
@@ -34,10 +36,15 @@ class Interruption:
         self.signal = number
 
 
-def exit_on_sigterm() -> None:
-    """Lets SIGTERM unwind the stack, so that what is half-written is removed."""
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack meanwhile, so that what is half-written is removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

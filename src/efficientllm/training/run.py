@@ -34,11 +34,13 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     Raises:
         EfficientLLMError: whatever a person can mend; nothing is half-written.
     """
-    out = Path(config.out).expanduser()
-    exit_on_sigterm()
     check_installed(config.log_to)
-    if resume:
-        return _resume(config, out)
+    out = Path(config.out).expanduser()
+    with exit_on_sigterm():
+        return _resume(config, out) if resume else _begin(config, out)
+
+
+def _begin(config: RunConfig, out: Path) -> int:
     validate(config)
     check_new(out)
     source = open_source(config)
