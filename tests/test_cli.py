@@ -230,7 +230,14 @@ def test_control_c_leaves_with_130(tmp_path: Path) -> None:
     fifo = tmp_path / "run.yaml"
     os.mkfifo(fifo)
     command = [sys.executable, "-m", "efficientllm", "prune", "--config", str(fifo)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
+    )
     with fifo.open("wb"):  # returns when the program has opened the other end, where it waits for us to write
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
