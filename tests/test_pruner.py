@@ -388,7 +388,7 @@ def test_targets_that_cannot_be_reached() -> None:
     for target, message in ((numel(model) + 1, "above the source's"), (10, "below the smallest"), (0, "positive")):
         with pytest.raises(BudgetError, match=message):
             prune(model, target=target if target else -1)
-    frozen = limits_of(model, min_ffn=1000)  # nothing fine-grained is left to go
+    frozen = limits_of(model, min_ffn=model.config.intermediate_size)  # nothing fine-grained is left to go
     with pytest.raises(BudgetError, match="lies within one FFN tile"):
         prune(model, target=numel(model) - 1, limits=replace(frozen, tile={**frozen.tile, "hidden": 8}))
     assert "save_pretrained" not in vars(model)

@@ -183,7 +183,9 @@ def test_small_models_take_every_size_down_to_the_floors() -> None:
     assert limits.floor == {"hidden": 1, "ffn": 32, "kv": 1, "query": 1}  # its stem is below the default floor of 32
     assert limits.legal_sizes("ffn", FFN) == list(range(32, FFN + 1))
     assert limits_of(min_ffn=7, min_hidden=9, min_kv=2).floor == {"hidden": 9, "ffn": 7, "kv": 2, "query": 1}
-    assert limits_of(min_ffn=1000).floor["ffn"] == FFN
+    assert limits_of(min_ffn=FFN).floor["ffn"] == FFN
+    with pytest.raises(BudgetError, match=f"--min-ffn 1000: the source has only {FFN}"):
+        limits_of(min_ffn=1000)
 
 
 def test_rounding_is_a_property_of_the_result() -> None:

@@ -88,6 +88,8 @@ def find_limits(
         least = DEFAULT_FLOORS[kind] if asked[kind] is None else asked[kind]
         if least is None or least < 1:
             raise BudgetError(f"--min-{kind} {least}: no layer is ever emptied, so it must be at least 1")
+        if asked[kind] is not None and least > size:
+            raise BudgetError(f"--min-{kind} {least}: the source has only {size}; ask for at most that")
         least = -(-least // unit) * unit
         if kind in frozen or least >= size:
             may_go_lower = kind not in frozen and asked[kind] is None and unit < size and size % unit == 0
