@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientllm.pruning.compensation import absorb_all
+from efficientllm.pruning.compensation import damped_, gram, solve, update
+from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.removal import entries
 from efficientllm.space.dims import Space
 
@@ -67,8 +68,25 @@ def consumer_inputs(space: Space) -> dict[tuple[str, str], list[str]]:
 
 
 @torch.no_grad()
-def compensate_(model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler) -> None:
-    """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input."""
+def compensate_(
+    model: nn.Module,
+    space: Space,
+    units: Mapping[str, list[int]],
+    sampler: InputSampler,
+    layout: Layout | None = None,
+) -> None:
+    """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input.
+
+    The ranks take turns: the inputs' moments of as many layers as there are ranks are summed, each at another rank,
+    which solves with them; the narrow Z goes back to all, and each rank updates the rows that it holds.
+    """
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        _compensate_(model, space, units, sampler, layout or Layout())
+
+
+def _compensate_(
+    model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler, layout: Layout
+) -> None:
     removed: dict[str, set[int]] = defaultdict(set)
     for dim in space.dims():
         if units.get(dim.name):
@@ -76,10 +94,21 @@ def compensate_(model: nn.Module, space: Space, units: Mapping[str, list[int]], 
                 if slot.role == "consumer" and slot.axis == 1:
                     module = slot.param.rpartition(".")[0]
                     removed[module].update(entries(slot.start, slot.block, units[dim.name]).tolist())
-    for names in consumer_inputs(space).values():
-        if names[0] in removed and sampler.rows[names[0]]:
-            layers: list[Any] = [model.get_submodule(name) for name in names]
+    readers = [names for names in consumer_inputs(space).values() if names[0] in removed and sampler.rows[names[0]]]
+    for start in range(0, len(readers), layout.num_ranks):
+        turn = readers[start : start + layout.num_ranks]
+        mine: Tensor | None = None
+        columns = []
+        for rank, names in enumerate(turn):
             X = sampler.inputs(names[0])
-            columns = torch.tensor(sorted(removed[names[0]]), device=X.device)
-            for layer, updated in zip(layers, absorb_all([layer.weight for layer in layers], X, columns), strict=True):
-                layer.weight.copy_(updated)
+            columns.append(torch.tensor(sorted(removed[names[0]]), device=X.device))
+            H = layout.sum_to(gram(X), rank)
+            if rank == layout.rank:
+                mine = solve(damped_(H), columns[-1])
+        for rank, (names, chosen) in enumerate(zip(turn, columns, strict=True)):
+            width = model.get_parameter(names[0] + ".weight").shape[1]
+            theirs = mine if rank == layout.rank else None
+            Z = layout.from_rank(H.new_empty(width, len(chosen)) if theirs is None else theirs, rank)
+            for name in names:
+                weight = layout.local(model.get_parameter(name + ".weight"))
+                weight.copy_(update(weight, Z, chosen))

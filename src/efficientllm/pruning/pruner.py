@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import BudgetError, UnsupportedModelError
 from efficientllm.pruning.activations import InputSampler, compensate_
+from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.relabel import relabel_llama_
-from efficientllm.pruning.removal import check_state, compact_, count_live_, retire_
+from efficientllm.pruning.removal import check_state, count_live_, retire_
 from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, score_units, smooth
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
@@ -64,6 +65,7 @@ class Pruner:
         compensate: the second-order update of variant B.
         limits: legal shapes, from `find_limits`; by default rounded to 64 from 10M parameters on.
         compaction_tile: retired units that wait for one compaction, a matter of speed (default: the limits' tiles).
+        layout: where the model's tensors stand (default: here, whole).
         save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
     Attributes:
@@ -89,6 +91,7 @@ class Pruner:
         compaction_tile: int | None = None,
         save_at: Sequence[int] = (),
         on_landing: Callable[[int], None] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         space = find_space(model)
         self.limits = limits or find_limits(space, model.config)
@@ -113,6 +116,7 @@ class Pruner:
                 "build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
+        self.layout = layout or Layout()
         self.pace = pace or SlotPace(slot_steps=1)
         self.saliency, self.scored, self.score_ema = saliency, score, score_ema
         self.compaction_tile = compaction_tile
@@ -131,14 +135,7 @@ class Pruner:
         ]
         relabel_llama_(model)
         self._sampler = InputSampler(model, space) if compensate else None
-        owner = weakref.ref(self)
-
-        def compact(saved: nn.Module) -> None:
-            pruner = owner()
-            if pruner is not None and pruner.model is saved:
-                pruner.compact()
-
-        call_before_saving(model, compact)
+        self._compact_before_saving()
         while self.targets and self._is_landed():
             self.targets.pop(0)  # a target equal to the source is plain training
         self._rest_if_done()
@@ -224,15 +221,19 @@ class Pruner:
         if self.done or not (due or self.score_ema):
             return nothing
         params = dict(self.model.named_parameters())
-        grads = {name: param.grad for name, param in params.items()}
+        local = self.layout.local
+        grads = {name: None if param.grad is None else local(param.grad) for name, param in params.items()}
         scores = score_units(
             self.space,
-            params,
+            {name: local(param) for name, param in params.items()},
             grads,
             saliency=self.saliency,
             scored=self.scored,
             retired=self._ledger.retired,
-            fishers=self.fishers,
+            fishers={name: local(fisher) for name, fisher in self.fishers.items()} if self.fishers else None,
+            first_rows={name: self.layout.first_row(param) for name, param in params.items()},
+            shapes={name: param.shape for name, param in params.items()},
+            add_up=self.layout.sum_shards,
         )
         if all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired):
             return nothing
@@ -271,9 +272,10 @@ class Pruner:
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
+        self.layout.check_same(plan.removals)
         if self._sampler:
-            compensate_(self.model, self.space, plan.units, self._sampler)
-        retire_(self.model, self.optimizer, self.space, plan.units)
+            compensate_(self.model, self.space, plan.units, self._sampler, self.layout)
+        retire_(self.model, self.optimizer, self.space, plan.units, self.layout.local, self.layout.first_row)
         self._ledger.retire(plan.units)
         self.removals += plan.removals
         self.next_step = plan.next_step
@@ -291,9 +293,31 @@ class Pruner:
     def _compact(self, tiles: Mapping[str, int]) -> None:
         units = self._ledger.waiting(tiles)
         if units:
-            compact_(self.model, self.optimizer, self.space, units)
+            model = self.layout.compact(self.model, self.optimizer, self.space, units)
+            if model is not self.model:
+                self._move_to(model)
             self._ledger.renumber(units, find_space(self.model))
             count_live_(self.model, self._norms, self.space, self._ledger.retired)
+
+    def _move_to(self, model: nn.Module) -> None:
+        """Goes on with a model that was built anew at the smaller shape."""
+        save_as_before(self.model)
+        self.model = model
+        self._norms = LiveNorms()
+        if self._sampler:
+            self._sampler.close()
+            self._sampler = InputSampler(model, find_space(model))
+        self._compact_before_saving()
+
+    def _compact_before_saving(self) -> None:
+        owner = weakref.ref(self)
+
+        def compact(saved: nn.Module) -> None:
+            pruner = owner()
+            if pruner is not None and pruner.model is saved:
+                pruner.compact()
+
+        call_before_saving(self.model, compact)
 
     def _is_due(self, step: int, next_step: float, num_params: int) -> bool:
         return self.pace.is_due(step, next_step, num_params, self.source_params, self.target_params)

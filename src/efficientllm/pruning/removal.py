@@ -1,7 +1,7 @@
 """Removal: retire changes the function and leaves shapes, compact changes shapes and leaves the function."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
 
@@ -16,8 +16,18 @@ from efficientllm.space.dims import Dim, Shape, Space
 
 
 @torch.no_grad()
-def retire_(model: nn.Module, optimizer: Optimizer | None, space: Space, units: Mapping[str, list[int]]) -> None:
-    """Zeroes the producer rows and consumer columns of units (by dim name), with their gradients and moments."""
+def retire_(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    space: Space,
+    units: Mapping[str, list[int]],
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    first_row: Callable[[Tensor], int] = lambda tensor: 0,
+) -> None:
+    """Zeroes the producer rows and consumer columns of units (by dim name), with their gradients and moments.
+
+    `local` gives the part of a tensor that is held here, `first_row` the entry of axis 0 that it begins with.
+    """
     params = dict(model.named_parameters())
     dims = {dim.name: dim for dim in space.dims()}
     for name, chosen in units.items():
@@ -26,9 +36,12 @@ def retire_(model: nn.Module, optimizer: Optimizer | None, space: Space, units: 
                 continue
             param = params[slot.param]
             index = entries(slot.start, slot.block, chosen).to(param.device)
+            if slot.axis == 0:
+                index = index - first_row(param)
+                index = index[(index >= 0) & (index < len(local(param)))]
             for tensor in (param, param.grad, *state_tensors(optimizer, param).values()):
                 if tensor is not None:
-                    tensor.index_fill_(slot.axis, index, 0)
+                    local(tensor).index_fill_(slot.axis, index, 0)
 
 
 def count_live_(model: nn.Module, norms: LiveNorms, space: Space, retired: Retired) -> None:
@@ -57,6 +70,32 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
     Raises:
         UnsupportedModelError: if the optimizer keeps state of another shape than its parameter's.
     """
+    kept = kept_entries(model, space, units)
+    params = dict(model.named_parameters())
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            places[param].append((module, attribute))
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name, axes in kept.items():
+        old = params[name]
+        new = nn.Parameter(select(old.data, axes), requires_grad=old.requires_grad)
+        new.grad = None if old.grad is None else select(old.grad, axes)
+        for module, attribute in places[old]:
+            setattr(module, attribute, new)
+        if optimizer is not None and old in optimizer.state:
+            sliced = {key: select(value, axes) for key, value in state_tensors(optimizer, old).items()}
+            optimizer.state[new] = {**optimizer.state.pop(old), **sliced}
+        replaced[old] = new
+        old.grad, old.data = None, old.data.new_empty(0)  # the old and the new model never stand side by side
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [replaced.get(param, param) for param in group["params"]]
+    shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}
+    resize_config(model, shape, space.head_dim)
+
+
+def kept_entries(model: nn.Module, space: Space, units: Retired) -> dict[str, list[tuple[int, Tensor]]]:
+    """Returns which entries stay of every parameter that loses some: (axis, indices) pairs by its name."""
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for dim in space.dims():
         if units.get(dim.name):
@@ -68,26 +107,7 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
         mask = torch.ones(params[name].shape[axis], dtype=torch.bool)
         mask[torch.cat(indices)] = False
         kept[name].append((axis, mask.nonzero().flatten().to(params[name].device)))
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for attribute, param in module.named_parameters(recurse=False):
-            places[param].append((module, attribute))
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, axes in kept.items():
-        old = params[name]
-        new = nn.Parameter(_select(old.data, axes), requires_grad=old.requires_grad)
-        new.grad = None if old.grad is None else _select(old.grad, axes)
-        for module, attribute in places[old]:
-            setattr(module, attribute, new)
-        if optimizer is not None and old in optimizer.state:
-            sliced = {key: _select(value, axes) for key, value in state_tensors(optimizer, old).items()}
-            optimizer.state[new] = {**optimizer.state.pop(old), **sliced}
-        replaced[old] = new
-        old.grad, old.data = None, old.data.new_empty(0)  # the old and the new model never stand side by side
-    for group in optimizer.param_groups if optimizer is not None else ():
-        group["params"] = [replaced.get(param, param) for param in group["params"]]
-    shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}
-    resize_config(model, shape, space.head_dim)
+    return kept
 
 
 def resize_config(model: nn.Module, shape: Shape, head_dim: int) -> None:
@@ -153,7 +173,8 @@ def survivors(dim: Dim, units: Retired) -> list[int]:
     return [unit for unit in range(dim.size) if unit not in gone]
 
 
-def _select(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
+def select(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
+    """Returns a tensor's entries at (axis, indices) pairs."""
     for axis, index in axes:
         tensor = tensor.index_select(axis, index)
     return tensor

@@ -47,6 +47,9 @@ def score_units(
     scored: Scored = "output",
     retired: Retired | None = None,
     fishers: Mapping[str, Tensor] | None = None,
+    first_rows: Mapping[str, int] | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
+    add_up: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> Scores:
     """Returns the mean element saliency of every unit; retired units get infinity and count nowhere.
 
@@ -55,6 +58,8 @@ def score_units(
         scored: "output" takes the output layers' elements (columns of O and down, rows of O and down, embedding
             columns), "all" every producer and consumer.
         fishers: diagonal Fisher by parameter name; without it F = g².
+        first_rows, shapes, add_up: where the tensors are parts of larger ones, some rows each: which row of the whole
+            each begins with, the whole's shape, and what sums a list of vectors over all parts.
     """
     retired = retired or {}
     element = SALIENCIES[saliency]
@@ -68,16 +73,19 @@ def score_units(
     counts: dict[str, int] = defaultdict(int)
     for name, slots in by_param.items():
         weight, grad = weights[name], grads[name]
+        shape = shapes[name] if shapes else weight.shape
+        first_row = first_rows[name] if first_rows else 0
         axes = sorted({slot.axis for _, _, slot in slots})
-        sums = _axis_sums(weight, grad, fishers.get(name) if fishers else None, axes, element)
+        sums = _axis_sums(weight, grad, fishers.get(name) if fishers else None, axes, element, first_row, shape[0])
         for dim_name, size, slot in slots:
             vector = sums[slot.axis].narrow(0, slot.start, size * slot.block).view(size, slot.block).sum(1)
             totals[dim_name] = totals[dim_name] + vector if dim_name in totals else vector
             others = 1
-            for axis, length in enumerate(weight.shape):
+            for axis, length in enumerate(shape):
                 if axis != slot.axis:
                     others *= live.get((name, axis), length)
             counts[dim_name] += slot.block * others
+    totals = dict(zip(totals, add_up(list(totals.values())), strict=True))
     scores: Scores = {}
     for kind, bundle in space.bundles.items():
         rows = [totals[dim.name] / counts[dim.name] for dim in bundle.dims]
@@ -129,13 +137,16 @@ def _axis_sums(
     fisher: Tensor | None,
     axes: list[int],
     element: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    first_row: int,
+    num_rows: int,
 ) -> dict[int, Tensor]:
     """Returns the element saliencies of one parameter summed over all but each axis, a chunk of rows at a time."""
     precision = torch.promote_types(weight.dtype, torch.float32)
-    sums = {axis: torch.zeros(weight.shape[axis], dtype=precision, device=weight.device) for axis in axes}
+    lengths = (num_rows, *weight.shape[1:])
+    sums = {axis: torch.zeros(lengths[axis], dtype=precision, device=weight.device) for axis in axes}
     if grad is None:
         return sums
-    rows = max(1, CHUNK // max(1, weight[0].numel()))
+    rows = max(1, CHUNK // max(1, weight.numel() // max(1, len(weight))))
     for start in range(0, weight.shape[0], rows):
         stop = min(start + rows, weight.shape[0])
         part = element(
@@ -145,7 +156,7 @@ def _axis_sums(
         )
         for axis in axes:
             if axis == 0:
-                sums[0][start:stop] = part if part.ndim == 1 else part.sum(1)
+                sums[0][first_row + start : first_row + stop] = part if part.ndim == 1 else part.sum(1)
             else:
                 sums[axis] += part.sum(0)
     return sums
