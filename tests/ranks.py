@@ -1,6 +1,5 @@
 """Runs under torchrun: every engine of this number of ranks against one process, case by case; see test_engine.py."""
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import torch
 
-from efficientllm.pruning import LinearPace, Pruner
+from efficientllm.errors import TrainingError
+from efficientllm.pruning import LinearPace, Pruner, Removal
 from efficientllm.space import find_limits, find_space
 from efficientllm.training.engine import DDP, FSDP, Engine
 from families import VOCAB, make_model
@@ -20,13 +20,13 @@ def train(engine: Engine, name: str, compensate: bool, steps: int = STEPS) -> di
     """Trains and prunes a tiny model; every rank sees its own rows of the same global batches."""
     model = make_model(name)
     space = find_space(model)
-    limits = find_limits(space, model.config, min_ffn=8, min_hidden=12)
+    limits = find_limits(space, model.config, min_ffn=16, min_hidden=12)
     model = engine.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     pruner = Pruner(
         model,
         optimizer,
-        int(0.55 * space.num_params(space.shape)),
+        int(0.4 * space.num_params(space.shape)),
         pace=LinearPace(PRUNE, 2),
         limits=limits,
         compensate=compensate,
@@ -69,7 +69,20 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 if engine.is_main:
                     results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(alone, found)
                     out.write_text(json.dumps(results, indent=1))
+    results["disagreement"] = {"error": disagreement(engine)}
+    if engine.is_main:
+        out.write_text(json.dumps(results, indent=1))
     engine.close()
+
+
+def disagreement(engine: Engine) -> str:
+    """Returns what is said when a rank has other scores than the rest: the negative control of what is compared."""
+    removal = Removal(3, "ffn", {"layers.0.ffn": engine.rank}, {}, 10, 9)
+    try:
+        engine.check_same([removal])
+    except TrainingError as error:
+        return str(error)
+    return "nothing"
 
 
 def make_engine(kind: str) -> Engine:

@@ -89,7 +89,7 @@ class Engine(Layout):
             self.wait()
 
     def gather(self, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[Any, dict[str, Tensor]]:
-        """Returns the model whole, and the optimizer's tensors by "field:parameter"; only the main rank may use them."""
+        """Returns the model whole and the optimizer's tensors by "field:parameter"; both hold only on the main rank."""
         params = dict(model.named_parameters())
         moments = {
             f"{field}:{name}": value
@@ -217,6 +217,7 @@ class FSDP(_Ranks):
     def wrap(self, model: "PreTrainedModel") -> Any:
         relabel_llama_(model)
         self._skeleton = copy.deepcopy(model).to("meta")
+        self._tie(self._skeleton)
         return self._shard(model.to(self.device))
 
     def accumulate(self, model: Any, last: bool) -> AbstractContextManager[Any]:
@@ -236,7 +237,7 @@ class FSDP(_Ranks):
     def sum_shards(self, parts: list[Tensor]) -> list[Tensor]:
         fused = torch.cat(parts)
         dist.all_reduce(fused, group=self._shards.get_group())
-        return list(fused.split([len(part) for part in parts]))
+        return list(torch.split(fused, [len(part) for part in parts]))
 
     def compact(self, model: nn.Module, optimizer: Optimizer, space: Space, units: Retired) -> nn.Module:
         """Builds the model anew at the smaller shape and moves weights and moments there, a parameter at a time.
@@ -246,28 +247,23 @@ class FSDP(_Ranks):
         """
         kept = kept_entries(model, space, units)
         compact_(self._skeleton, None, space, units)
-        smaller = self._shard(copy.deepcopy(self._skeleton))
-        old, new = dict(model.named_parameters()), dict(smaller.named_parameters())
+        smaller: nn.Module = self._shard(copy.deepcopy(self._skeleton))
+        smaller.to_empty(device=self.device)
+        self._tie(smaller)
+        old = dict(model.named_parameters())
         replaced: dict[nn.Parameter, nn.Parameter] = {}
-        for unit in (*[module for module in smaller.modules() if hasattr(module, "unshard")][::-1],):
-            for name, param in unit.named_parameters():
-                if param.device.type == "meta":
-                    unit.to_empty(device=self.device)
-                    break
-        new = dict(smaller.named_parameters())
-        for name, param in new.items():
+        for name, param in smaller.named_parameters():
             source, axes = old[name], kept.get(name, [])
             with torch.no_grad():
-                param.to_local().copy_(self._cut(source, axes, param).to_local())
+                self.local(param).copy_(self.local(self._cut(source, axes, param)))
+            moments = {key: self._cut(each, axes, param) for key, each in state_tensors(optimizer, source).items()}
             if source in optimizer.state:
-                state = optimizer.state.pop(source)
-                moments = {key: self._cut(state[key], axes, param) for key in state_tensors_of(state, source)}
-                optimizer.state[param] = {**state, **moments}
+                optimizer.state[param] = {**optimizer.state.pop(source), **moments}
             if source.grad is not None:
                 param.grad = self._cut(source.grad, axes, param)
             replaced[source] = param
             source.grad = None
-            source.to_local().untyped_storage().resize_(0)
+            self.local(source).untyped_storage().resize_(0)
         buffers = dict(model.named_buffers())
         for name, buffer in smaller.named_buffers():
             buffer.copy_(buffers[name])
@@ -280,6 +276,7 @@ class FSDP(_Ranks):
         plain = copy.deepcopy(self._skeleton)
         if self.is_main:
             plain.to_empty(device="cpu")
+            self._tie(plain)
         params = dict(model.named_parameters())
         moments = {}
         targets = dict(plain.named_parameters())
@@ -304,6 +301,10 @@ class FSDP(_Ranks):
             fully_shard(layer, mesh=self.mesh)
         return fully_shard(model, mesh=self.mesh)
 
+    def _tie(self, model: Any) -> None:
+        """Ties again what a move to another device has untied."""
+        model.tie_weights()
+
     def _cut(self, tensor: Tensor, axes: list[tuple[int, Tensor]], like: Tensor) -> Any:
         """Returns a sharded tensor without what goes, sharded anew; rows that all stay need no communication."""
         assert isinstance(tensor, DTensor)
@@ -317,10 +318,6 @@ class FSDP(_Ranks):
     def _like(self, tensor: Tensor, param: Tensor) -> Tensor:
         assert isinstance(param, DTensor)
         return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
-
-
-def state_tensors_of(state: Mapping[str, Any], param: Tensor) -> list[str]:
-    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == param.shape]
 
 
 def start_engine(name: str | None, device: torch.device) -> Engine:
