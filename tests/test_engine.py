@@ -2,20 +2,29 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from efficientllm.training.logs import read_rows
+
 HERE = Path(__file__).parent
 
 
-def torchrun(num_ranks: int, *words: str, timeout: int = 600) -> "subprocess.CompletedProcess[str]":
+def torchrun_command(num_ranks: int, *words: str, restarts: int = 0) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return [*launch, "--max-restarts", str(restarts), *words]
+
+
+def torchrun(num_ranks: int, *words: str) -> "subprocess.CompletedProcess[str]":
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *words], capture_output=True, text=True, timeout=timeout, env=env, check=False)
+    command = torchrun_command(num_ranks, *words)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +49,104 @@ def test_every_engine_prunes_as_one_process_does(num_ranks: int, engines: str, f
         assert found["loss"] < 1e-5 and found["weights"] < 1e-10, case
     kinds = {kind for found in results.values() for kind in found["kinds"]}
     assert {"ffn", "hidden"} < kinds, "no head was ever removed"
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+MODEL = HERE.parent / "src/efficientllm/demo/model"
+STEPS = 36
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    texts = [f"def area_{n}(a, b):\n    return a * {n} + b ** {n % 7}\n" * 12 for n in range(400)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def words_of(corpus: Path, out: Path) -> list[str]:
+    words = ["prune", str(MODEL), "--data", str(corpus), "--target-params", "300000", "--prune-tokens", "24576"]
+    words += ["--tokens", "36864", "--seq-len", "128", "--batch-tokens", "1024", "--micro-batch-size", "2"]
+    return [*words, "--checkpoint-every", "6", "--out", str(out)]
+
+
+def alone(*words: str, **settings: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "efficientllm", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False, **settings)
+
+
+def rows_of(out: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def removals_of(out: Path) -> list[tuple[int, str]]:
+    return [(row["step"], row["kind"]) for row in rows_of(out, "removals")]
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    done = alone(*words_of(corpus, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def check_equal(out: Path, expected: Path) -> None:
+    """In float32: as many removals, 98% of the same kinds at the same steps, losses within 5e-3."""
+    found, wanted = removals_of(out), removals_of(expected)
+    assert len(found) == len(wanted) > 100
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 0.98 * len(wanted)
+    for mine, theirs in zip(rows_of(out, "metrics"), rows_of(expected, "metrics"), strict=True):
+        assert mine["step"] == theirs["step"]
+        for key in ("loss", "valid_loss"):
+            if theirs.get(key) is not None:
+                assert mine[key] == pytest.approx(theirs[key], rel=5e-3), mine["step"]
+    config = json.loads((out / "model/config.json").read_text())
+    assert config["intermediate_size"] == pytest.approx(
+        json.loads((expected / "model/config.json").read_text())["intermediate_size"], abs=1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_run_on_two_ranks_goes_on_alone_and_on_four(
+    engine: str, corpus: Path, one_process: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    launch = ["-m", "efficientllm"]
+    kill_at(12, out, torchrun_command(2, *launch, *words_of(corpus, out), "--engine", engine), signal.SIGTERM)
+    assert (out / "checkpoints").exists() and not (out / "model").exists()
+    kill_at(20, out, [sys.executable, *launch, "prune", "--resume", "--out", str(out)], signal.SIGTERM)
+    done = torchrun(4, *launch, "prune", "--resume", "--out", str(out), "--engine", "fsdp")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_equal(out, one_process)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+    unhurt, hurt = tmp_path / "unhurt", tmp_path / "hurt"
+    done = torchrun(2, "-m", "efficientllm", *words_of(corpus, unhurt), "--engine", "ddp")
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = torchrun_command(2, "-m", "efficientllm", *words_of(corpus, hurt), "--engine", "ddp", restarts=1)
+    assert kill_at(14, hurt, command, signal.SIGKILL, worker=True) == 0
+    assert (hurt / "model/model.safetensors").read_bytes() == (unhurt / "model/model.safetensors").read_bytes()
+    assert rows_of(hurt, "removals") == rows_of(unhurt, "removals")
+
+
+def kill_at(step: int, out: Path, command: list[str], number: int, worker: bool = False) -> int:
+    """Starts a run, sends a signal to it (or to its last worker) once it has logged a step, and returns its code."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        log = out / "metrics.jsonl"
+        if log.exists() and any(row["step"] >= step for row in read_rows(log)):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]) if worker else process.pid, number)
+            break
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=300)
+    assert out.exists(), errors[-3000:]
+    return process.returncode

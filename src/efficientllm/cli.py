@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 import warnings
@@ -31,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
     "what is removed": ("saliency", "score", "score_ema", "compensate"),
-    "training": ("lr", "seed", "init"),
+    "training": ("lr", "seed", "init", "engine"),
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
 }
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
         except (EfficientLLMError, OSError) as error:
-            print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # under torchrun every rank fails alike
+                print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130

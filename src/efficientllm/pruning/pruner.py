@@ -64,7 +64,8 @@ class Pruner:
         saliency, score, score_ema: first order or "fisher"; "output" layers or "all"; decay of a moving average.
         compensate: the second-order update of variant B.
         limits: legal shapes, from `find_limits`; by default rounded to 64 from 10M parameters on.
-        compaction_tile: retired units that wait for one compaction, a matter of speed (default: the limits' tiles).
+        compaction_tile: retired channels (as many columns of O, for heads) that wait for one compaction, a matter of
+            speed (default: the limits' tiles).
         layout: where the model's tensors stand (default: here, whole).
         save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
@@ -328,7 +329,9 @@ class Pruner:
     def _tile(self, kind: str) -> int:
         if kind == "query":
             return 1  # query heads cannot wait: they wake up (method.md section 2)
-        return self.limits.tile[kind] if self.compaction_tile is None else self.compaction_tile
+        if self.compaction_tile is None:
+            return self.limits.tile[kind]
+        return max(1, self.compaction_tile // self.space.head_dim) if kind == "kv" else self.compaction_tile
 
     def _rest_if_done(self) -> None:
         if self.done and self._sampler:

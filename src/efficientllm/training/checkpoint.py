@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from efficientllm.errors import CheckpointError
 
@@ -49,16 +48,9 @@ class Checkpoint:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         return model
 
-    def load_optimizer_(self, optimizer: Optimizer, model: "PreTrainedModel") -> None:
-        """Gives the optimizer its tensors back, by parameter name."""
-        saved = load_file(self.path / "optimizer.safetensors")
-        params = dict(model.named_parameters())
-        for key, tensor in saved.items():
-            field, _, name = key.partition(":")
-            # Adam keeps its step counter on the CPU unless it is fused
-            scalar = tensor.numel() == 1 and not optimizer.defaults.get("fused")
-            device = "cpu" if scalar else params[name].device
-            optimizer.state[params[name]][field] = tensor.to(device, copy=True)
+    def moments(self) -> dict[str, Tensor]:
+        """Returns the optimizer's tensors, by "field:parameter"."""
+        return load_file(self.path / "optimizer.safetensors")
 
     def extra(self) -> dict[str, Tensor]:
         """Returns the tensors that were saved beside model and optimizer."""
@@ -68,7 +60,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     model: "PreTrainedModel",
-    optimizer: Optimizer,
+    moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     extra: Mapping[str, Tensor],
     keep_before: int,
@@ -81,7 +73,7 @@ def save_checkpoint(
     final = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
     try:
-        _write(partial, model, optimizer, state, extra)
+        _write(partial, model, moments, state, extra)
         if final.exists():  # of a run that was cut back to an earlier step
             shutil.rmtree(final)
         partial.rename(final)
@@ -117,23 +109,16 @@ def last_checkpoint(
 def _write(
     partial: Path,
     model: "PreTrainedModel",
-    optimizer: Optimizer,
+    moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     extra: Mapping[str, Tensor],
 ) -> None:
     """Writes every file of a checkpoint into a new folder, the checksums last."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    params = dict(model.named_parameters())
-    weights = {name: param.detach().contiguous() for name, param in params.items()}
-    moments = {
-        f"{field}:{name}": value.detach().contiguous()
-        for name, param in params.items()
-        for field, value in optimizer.state.get(param, {}).items()
-        if isinstance(value, Tensor)
-    }
+    weights = {name: param.detach().contiguous() for name, param in model.named_parameters()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    save_file(moments, partial / "optimizer.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in moments.items()}, partial / "optimizer.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in extra.items()}, partial / "extra.safetensors")
     model.config.to_json_file(partial / "config.json", use_diff=False)
     (partial / "state.json").write_text(json.dumps(state))

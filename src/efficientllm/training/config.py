@@ -55,6 +55,9 @@ class RunConfig:
     min_hidden: int | None = _flag(None, "smallest hidden size")
     min_kv: int | None = _flag(None, "fewest key-value heads of a layer")
     save_at: tuple[int, ...] = _flag((), "size at which to save a model on the way (repeat)")
+    engine: str | None = _flag(
+        None, "how ranks under torchrun share the model (default: by its size)", choices=("ddp", "fsdp")
+    )
     dtype: str | None = _flag(
         None, "dtype of the result's weights (default: the source's)", choices=("float32", "bf16", "fp16")
     )

@@ -40,9 +40,11 @@ class Engine(Layout):
 
     Attributes:
         device: where this rank computes.
+        compaction_tile: retired units that wait for one compaction; None for the multiples that the result has.
     """
 
     name = "one"
+    compaction_tile: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -68,9 +70,9 @@ class Engine(Layout):
         """Returns the mean over ranks."""
         return number
 
-    def largest(self, number: int) -> int:
-        """Returns the largest number that any rank gives."""
-        return number
+    def largest(self, *numbers: int) -> list[int]:
+        """Returns the largest that any rank gives, of each number."""
+        return list(numbers)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Returns a tensor that may be sharded, or summed only in part, as one that stands here."""
@@ -134,10 +136,10 @@ class _Ranks(Engine):
         dist.all_reduce(total)
         return total / self.num_ranks
 
-    def largest(self, number: int) -> int:
-        value = torch.tensor(number, device=self.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+    def largest(self, *numbers: int) -> list[int]:
+        values = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [int(value) for value in values]
 
     def wait(self) -> None:
         dist.barrier()
@@ -200,6 +202,7 @@ class FSDP(_Ranks):
     """Parameters, gradients and moments sharded by rows: over all ranks, or over `shards` of them in each replica."""
 
     name = "fsdp"
+    compaction_tile = 64  # each compaction shards the model anew
 
     def __init__(self, device: torch.device, shards: int | None = None) -> None:
         super().__init__(device)
@@ -320,18 +323,14 @@ class FSDP(_Ranks):
         return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def start_engine(name: str | None, device: torch.device) -> Engine:
-    """Returns the engine of this process: `one` alone, `ddp` or `fsdp` under torchrun.
+def was_restarted() -> bool:
+    """Returns whether torchrun has started this worker again after one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
-    Raises:
-        ConfigError: an engine of many ranks without torchrun.
-    """
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
-    if not under_torchrun:
-        if name in ("ddp", "fsdp"):
-            raise ConfigError(
-                f"--engine {name}: there is one process; start it as torchrun --nproc-per-node N -m efficientllm …"
-            )
+
+def start_engine(name: str, device: torch.device) -> Engine:
+    """Returns the engine of this process: `ddp` or `fsdp` under torchrun, the plain one without."""
+    if "WORLD_SIZE" not in os.environ:
         return Engine(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

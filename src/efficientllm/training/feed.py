@@ -49,12 +49,15 @@ def mixture(
 
 
 def batches(
-    dataset: "grain.MapDataset[NDArray[np.int64]]", start_row: int, batch_rows: int
+    dataset: "grain.MapDataset[NDArray[np.int64]]", start_row: int, batch_rows: int, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[NDArray[np.int64]]:
-    """Batches, int64 (batch_rows, seq_len), from row `start_row` on; threads read ahead and do not touch the order."""
+    """A rank's parts of the batches, int64 (batch_rows / num_ranks, seq_len), from row `start_row` on.
+
+    The global batches are the same for every number of ranks. Threads read ahead and do not touch the order.
+    """
     options = _grain().ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=2 * batch_rows)
-    rows = dataset.slice(slice(start_row, None)).to_iter_dataset(options)
-    return iter(rows.batch(batch_rows, batch_fn=np.stack))
+    rows = dataset.slice(slice(start_row + rank, None, num_ranks)).to_iter_dataset(options)
+    return iter(rows.batch(batch_rows // num_ranks, batch_fn=np.stack))
 
 
 def epochs(

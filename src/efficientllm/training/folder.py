@@ -11,7 +11,17 @@ from efficientllm.errors import CheckpointError, ConfigError
 from efficientllm.training.config import FIELDS, RunConfig, dump_yaml, flag_name, load_yaml
 
 # All else decides what comes out, or was used up already.
-CHANGEABLE = {"tokens", "lr", "eval_every", "checkpoint_every", "log_to", "dtype", "activation_checkpointing", "out"}
+CHANGEABLE = {
+    "tokens",
+    "lr",
+    "eval_every",
+    "checkpoint_every",
+    "log_to",
+    "dtype",
+    "activation_checkpointing",
+    "engine",
+    "out",
+}
 
 
 def check_new(out: Path) -> None:

@@ -12,12 +12,12 @@ class Interruption:
     """While it is entered, `signal` becomes the number of a signal that came; a second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
         self._previous: dict[int, object] = {}
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.signal is None else 128 + self.signal
+        return 128 + self.signal if self.signal else 0
 
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
@@ -31,7 +31,7 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal:
             raise KeyboardInterrupt
         self.signal = number
 

@@ -18,8 +18,8 @@ PLAIN_SECONDS = 30.0  # at least one in so many seconds
 class Display:
     """Shows the rows of metrics.jsonl as they come; also the run's other messages, in order."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    def __init__(self, total_steps: int, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self.total_steps = total_steps
         self._last = 0.0
         self._progress = Progress(
@@ -31,7 +31,7 @@ class Display:
             TextColumn("{task.fields[speed]} tok/s"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=total_steps, phase="prune", loss="-", size="-", speed="-")
 

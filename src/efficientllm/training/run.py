@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from efficientllm.delivery.load import load_config, load_model
-from efficientllm.errors import CheckpointError
+from efficientllm.errors import CheckpointError, ConfigError
 from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import find_device, memory_bytes
+from efficientllm.training.engine import Engine, start_engine, was_restarted
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import fitting_micro_batch
+from efficientllm.training.memory import FLOAT32, fitting_micro_batch
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe
 from efficientllm.training.session import Run, shape_text
@@ -36,6 +37,7 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     """
     check_installed(config.log_to)
     out = Path(config.out).expanduser()
+    resume = resume or (was_restarted() and out.exists())
     with exit_on_sigterm():
         return _resume(config, out) if resume else _begin(config, out)
 
@@ -44,16 +46,20 @@ def _begin(config: RunConfig, out: Path) -> int:
     validate(config)
     check_new(out)
     source = open_source(config)
-    recipe, config = _resolve(config, source)
+    engine = _engine(config, source)
+    recipe, config = _resolve(config, source, engine)
     model = _initial_model(config)
-    display = Display(recipe.total_steps)
-    _introduce(display, config, source, recipe)
-    with new_folder(out) as staging:
-        corpus = _open_corpus(config, source, staging / "data", display)
-        write_config(staging, config)
-    # the folder has its name now
+    display = Display(recipe.total_steps, quiet=not engine.is_main)
+    _introduce(display, config, source, recipe, engine)
+    if engine.is_main:
+        with new_folder(out) as staging:
+            _open_corpus(config, source, staging / "data", display)
+            write_config(staging, config)
+    engine.wait()  # the folder has its name now
     corpus = _open_corpus(config, source, out / "data", display)
-    return Run(config, out, source, recipe, corpus, display).go(model, None)
+    code = Run(config, out, source, recipe, corpus, display, engine).go(model, None)
+    engine.close()
+    return code
 
 
 def _resume(config: RunConfig, out: Path) -> int:
@@ -65,30 +71,48 @@ def _resume(config: RunConfig, out: Path) -> int:
         print(f"{out} is finished: the result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}")
         return 0
     source = open_source(config)
-    recipe, config = _resolve(config, source)
-    display = Display(recipe.total_steps)
+    engine = _engine(config, source)
+    recipe, config = _resolve(config, source, engine)
+    display = Display(recipe.total_steps, quiet=not engine.is_main)
     at_most = make_recipe(stored, source.space, source.limits).decay_start if more else None
     checkpoint = last_checkpoint(out / "checkpoints", at_most, display.warn)
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
         raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; bring it back")
-    if more:
-        _reopen(out, stored, checkpoint)
-    write_config(out, config)
+    engine.wait()  # everyone has read what is there
+    if engine.is_main:
+        if more:
+            _reopen(out, stored, checkpoint)
+        write_config(out, config)
+    engine.wait()
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
     model = checkpoint.load_model() if checkpoint else _initial_model(config)
-    return Run(config, out, source, recipe, corpus, display).go(model, checkpoint)
+    code = Run(config, out, source, recipe, corpus, display, engine).go(model, checkpoint)
+    engine.close()
+    return code
 
 
-def _resolve(config: RunConfig, source: Source) -> tuple[Recipe, RunConfig]:
+def _engine(config: RunConfig, source: Source) -> Engine:
+    """Returns what this process trains with; among ranks FSDP if weights, gradients, moments fill half the memory."""
+    device = find_device()
+    state_bytes = 4 * FLOAT32 * source.space.num_params(source.limits.source)
+    return start_engine(config.engine or ("fsdp" if 2 * state_bytes > memory_bytes(device) else "ddp"), device)
+
+
+def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe, RunConfig]:
     """Returns the recipe and the config with everything filled in that decides the result."""
     recipe = make_recipe(config, source.space, source.limits)
+    if recipe.batch_rows % engine.num_ranks:
+        raise ConfigError(
+            f"--batch-tokens {config.batch_tokens} makes {recipe.batch_rows} rows of {config.seq_len}, which "
+            f"{engine.num_ranks} ranks cannot share evenly; give a multiple of {config.seq_len * engine.num_ranks}"
+        )
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         source.space,
         source.limits.source,
-        rows=recipe.batch_rows,
+        rows=recipe.batch_rows // engine.num_ranks,
         seq_len=config.seq_len,
-        memory_bytes=memory_bytes(find_device()),
+        memory_bytes=memory_bytes(engine.device),
         compensate=config.compensate,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
@@ -138,7 +162,7 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _introduce(display: Display, config: RunConfig, source: Source, recipe: Recipe) -> None:
+def _introduce(display: Display, config: RunConfig, source: Source, recipe: Recipe, engine: Engine) -> None:
     params = source.space.num_params(source.limits.source)
     target = config.target_params or params
     say = display.say
@@ -151,6 +175,12 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
         f"learning rate {recipe.lr:g} ({recipe.lr_reason}), weight decay {recipe.weight_decay:g}, "
         f"micro-batches of {config.micro_batch_size} × {config.seq_len}"
     )
+    if engine.num_ranks > 1:
+        say(f"{engine.num_ranks} ranks, {engine.name}")
+    elif config.engine:
+        display.warn(
+            f"--engine {config.engine}: this is one process; torchrun --nproc-per-node N -m efficientllm makes N"
+        )
     for kind, note in source.limits.notes.items():
         say(f"{kind}: {note}")
     for remark in recipe.remarks:

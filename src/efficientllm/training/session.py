@@ -14,7 +14,7 @@ from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig, flag_name
 from efficientllm.training.corpus import Corpus
-from efficientllm.training.device import find_device
+from efficientllm.training.engine import Engine
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture
 from efficientllm.training.interruption import Interruption
@@ -34,20 +34,30 @@ class Run:
     """A run under way: the Trainer with its folder, logs and display."""
 
     def __init__(
-        self, config: RunConfig, out: Path, source: Source, recipe: Recipe, corpus: Corpus, display: Display
+        self,
+        config: RunConfig,
+        out: Path,
+        source: Source,
+        recipe: Recipe,
+        corpus: Corpus,
+        display: Display,
+        engine: Engine,
     ) -> None:
         self.config, self.out, self.source, self.recipe, self.corpus = config, out, source, recipe, corpus
-        self.display = display
-        self.metrics = JsonLines(out / "metrics.jsonl")
-        self.removals = JsonLines(out / "removals.jsonl")
-        self.external = ExternalLog(config.log_to, out, {name: getattr(config, name) for name in FIELDS})
+        self.display, self.engine = display, engine
+        logs = out if engine.is_main else None
+        self.metrics = JsonLines(logs / "metrics.jsonl" if logs else None)
+        self.removals = JsonLines(logs / "removals.jsonl" if logs else None)
+        self.external = ExternalLog(
+            config.log_to if logs else None, out, {name: getattr(config, name) for name in FIELDS}
+        )
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
 
     def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
         """Trains to the end, or until a signal comes; returns the exit code."""
         try:
-            self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, find_device(), self._landed)
+            self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, self.engine, self._landed)
             if checkpoint:
                 self.trainer.restore(checkpoint)
             begun = self.metrics.cut_back(self.trainer.step if checkpoint else -1)
@@ -56,9 +66,9 @@ class Run:
             self._begin_feed()
             with Interruption() as interruption, self.display:
                 self._train(interruption)
-                if interruption.signal is not None:
+                if interruption.signal:
                     self._checkpoint()
-            if interruption.signal is not None:
+            if interruption.signal:
                 self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
                 return interruption.exit_code
             self._finish()
@@ -78,7 +88,7 @@ class Run:
         if trainer.step == 0:
             self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
         saved = time.monotonic()
-        while not trainer.done and interruption.signal is None:
+        while not trainer.done and not interruption.signal:
             phase = trainer.phase
             before = len(trainer.pruner.removals)
             row = trainer.train_step()
@@ -92,7 +102,9 @@ class Run:
             for message in row.get("warnings", ()):
                 self.display.warn(f"step {trainer.step}: {message}")
             every = self.config.checkpoint_every
-            due = trainer.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS
+            due = int(trainer.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS)
+            # a signal or the clock may reach one rank before another
+            interruption.signal, due = self.engine.largest(interruption.signal, due)
             if due or trainer.done or trainer.step == recipe.decay_start:
                 self._checkpoint()
                 saved = time.monotonic()
@@ -110,17 +122,19 @@ class Run:
             if self.trainer.step == 0 and per_row * total > 1:
                 self.display.warn(f"data {spec} runs out: it is seen {per_row * total:.1f} times, each in a new order")
         start = self.trainer.step * self.recipe.batch_rows
-        self.trainer.feed = batches(rows, start, self.recipe.batch_rows)
+        self.trainer.feed = batches(rows, start, self.recipe.batch_rows, self.engine.rank, self.engine.num_ranks)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row with the validation loss, if anything is held out."""
         if not self.valid_rows:
             return row
+        self.valid_losses[row["step"]] = loss = self._valid_loss()
+        return {**row, "valid_loss": loss}
+
+    def _valid_loss(self) -> float:
         trainer = self.trainer
         micro_batch_size = self.config.micro_batch_size or 1
-        loss = validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast)
-        self.valid_losses[row["step"]] = loss
-        return {**row, "valid_loss": loss}
+        return validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast, self.engine)
 
     def _log(self, row: dict[str, Any]) -> None:
         self.metrics.append(row)
@@ -132,10 +146,10 @@ class Run:
         self.removals.sync()
         state, extra = self.trainer.state()
         state["data"] = self.corpus.fingerprint
-        trainer = self.trainer
-        save_checkpoint(
-            self.out / "checkpoints", trainer.model, trainer.optimizer, state, extra, self.recipe.decay_start
-        )
+        model, moments = self.engine.gather(self.trainer.model, self.trainer.optimizer)
+        if self.engine.is_main:
+            save_checkpoint(self.out / "checkpoints", model, moments, state, extra, self.recipe.decay_start)
+        self.engine.wait()
 
     def _landed(self, size: int) -> None:
         """Saves the rung of a ladder when the Pruner has landed on it, in the middle of a step."""
@@ -144,8 +158,7 @@ class Run:
         losses = {"source": self.valid_losses[0]} if 0 in self.valid_losses else {}
         trainer = self.trainer
         if self.valid_rows:
-            micro_batch_size = self.config.micro_batch_size or 1
-            losses["rung"] = validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast)
+            losses["rung"] = self._valid_loss()
         tokens = trainer.tokens + self.config.batch_tokens  # of the step that is not over yet
         folder = self.out / "models" / format_count(size)
         self._save(folder, tokens, losses, annealed=size == self.config.target_params and trainer.done)
@@ -185,14 +198,17 @@ class Run:
             command=command_line(self.config),
             annealed=annealed,
         )
-        save_model(
-            self.trainer.model,
-            folder,
-            tokenizer=self.source.tokenizer,
-            source=self.source.path,
-            dtype=self.source.dtype,
-            card=model_card(facts, self.source.path),
-        )
+        model, _ = self.engine.gather(self.trainer.model)
+        if self.engine.is_main:
+            save_model(
+                model,
+                folder,
+                tokenizer=self.source.tokenizer,
+                source=self.source.path,
+                dtype=self.source.dtype,
+                card=model_card(facts, self.source.path),
+            )
+        self.engine.wait()
 
     def _resume_command(self) -> str:
         return f"efficientllm prune --resume --out {quote(self.config.out)}"

@@ -17,6 +17,7 @@ from efficientllm.space import Limits
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import autocast_for
+from efficientllm.training.engine import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
 from efficientllm.training.watching import Watch
 
@@ -34,7 +35,7 @@ class Trainer:
     Attributes:
         step: steps done, those skipped for a loss that is not finite included.
         skipped: how many were.
-        feed: batches of token ids (batch_rows, seq_len), set by the caller to begin at `step`.
+        feed: this rank's part of the batches, token ids (rows, seq_len), set by the caller to begin at `step`.
     """
 
     def __init__(
@@ -43,15 +44,15 @@ class Trainer:
         config: RunConfig,
         recipe: Recipe,
         limits: Limits,
-        device: torch.device,
+        engine: Engine,
         on_landing: Callable[[int], None],
     ) -> None:
-        self.config, self.recipe, self.device = config, recipe, device
-        self.model = owned_(model).to(device)
-        self.model.train()
+        self.config, self.recipe, self.engine = config, recipe, engine
+        model.train()
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = make_optimizer(self.model, recipe, fused=device.type == "cuda")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = engine.wrap(owned_(model))
+        self.optimizer = make_optimizer(model, recipe, fused=engine.device.type == "cuda")
         self._lr_factor = get_wsd_schedule(
             self.optimizer,
             num_warmup_steps=recipe.warmup_steps,
@@ -62,7 +63,7 @@ class Trainer:
         ).lr_lambdas[0]
         assert config.target_params is not None
         self.pruner = Pruner(
-            self.model,
+            model,
             self.optimizer,
             config.target_params,
             pace=recipe.pace,
@@ -73,14 +74,21 @@ class Trainer:
             limits=limits,
             save_at=config.save_at,
             on_landing=on_landing,
+            compaction_tile=engine.compaction_tile,
+            layout=engine,
         )
         self.watch = Watch(limits, self.pruner.source_params - config.target_params)
-        self.autocast = autocast_for(device)
+        self.autocast = autocast_for(engine.device)
         self.feed: Iterator[NDArray[Any]] = iter(())
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._removed_last = False
+
+    @property
+    def model(self) -> Any:
+        """The model; under FSDP another one after every compaction."""
+        return self.pruner.model
 
     @property
     def tokens(self) -> int:
@@ -104,7 +112,7 @@ class Trainer:
             group["lr"] = lr
         loss, fishers = self._backward(step)
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = self.engine.whole(get_total_norm(gradients))
         grad_norm = float(norm)
         before = len(self.pruner.removals)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -165,8 +173,8 @@ class Trainer:
         pruner = self.pruner.state_dict()
         extra = {f"average.{kind}": scores for kind, scores in pruner.pop("average").items()}
         extra["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            extra["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.engine.device.type == "cuda":
+            extra["random.cuda"] = torch.cuda.get_rng_state(self.engine.device)
         state = {
             "step": self.step,
             "skipped": self.skipped,
@@ -181,9 +189,9 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint whose model this Trainer was built with."""
         state, extra = checkpoint.state, checkpoint.extra()
-        checkpoint.load_optimizer_(self.optimizer, self.model)
+        self.engine.scatter_moments_(checkpoint.moments(), self.optimizer, self.model)
         average = {
-            name.removeprefix("average."): tensor.to(self.device)
+            name.removeprefix("average."): tensor.to(self.engine.device)
             for name, tensor in extra.items()
             if name.startswith("average.")
         }
@@ -193,24 +201,28 @@ class Trainer:
         self._skipped_in_a_row, self._removed_last = state["skipped_in_a_row"], state["removed_last"]
         torch.set_num_threads(state["threads"])  # another number of threads adds up in another order
         torch.set_rng_state(extra["random.cpu"])
-        if "random.cuda" in extra and self.device.type == "cuda":
-            torch.cuda.set_rng_state(extra["random.cuda"], self.device)
+        if "random.cuda" in extra and self.engine.device.type == "cuda":
+            torch.cuda.set_rng_state(extra["random.cuda"], self.engine.device)
 
     def _backward(self, step: int) -> tuple[float, dict[str, Tensor] | None]:
         """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due."""
-        batch = torch.from_numpy(next(self.feed)).to(self.device)
-        micro_batches = torch.split(batch, self.config.micro_batch_size or len(batch))
+        engine = self.engine
+        batch = torch.from_numpy(next(self.feed)).to(engine.device)
+        # a run may go on with another number of ranks, whose rows the micro-batch size must divide too
+        micro_batches = torch.split(batch, math.gcd(self.config.micro_batch_size or len(batch), len(batch)))
         scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None
-        total = torch.zeros((), device=self.device)
-        for rows in micro_batches:
-            with self.autocast():
-                loss = self.model(input_ids=rows, labels=rows, use_cache=False).loss
-            (loss / len(micro_batches)).backward()
+        total = torch.zeros((), device=engine.device)
+        for number, rows in enumerate(micro_batches, start=1):
+            whole = number == len(micro_batches) or fisher is not None  # a square needs the gradient of all ranks
+            with engine.accumulate(self.model, last=whole):
+                with self.autocast():
+                    loss = engine.forward(self.model)(input_ids=rows, labels=rows, use_cache=False).loss
+                (loss / len(micro_batches)).backward()
             total += loss.detach()
             if fisher:
                 fisher.add()
-        return float(total) / len(micro_batches), fisher.finish() if fisher else None
+        return float(engine.mean(total)) / len(micro_batches), fisher.finish() if fisher else None
 
 
 class Fisher:
