@@ -162,7 +162,8 @@ def test_logs_are_cut_back_to_a_step(tmp_path: Path) -> None:
         log.append({"step": step})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    assert [row["step"] for row in log.cut_back(2)] == [0, 1, 2]
+    log.cut_back(2)
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1, 2]
     log.append({"step": 3, "again": True})
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
 

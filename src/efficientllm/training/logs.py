@@ -25,10 +25,10 @@ class JsonLines:
         if self.path != Path(os.devnull):
             os.fsync(self._file.fileno())
 
-    def cut_back(self, step: int) -> list[dict[str, Any]]:
-        """Drops the rows after `step`, and a last line that was never finished; returns those that stay."""
+    def cut_back(self, step: int) -> None:
+        """Drops the rows after `step`, and a last line that was never finished."""
         if self.path == Path(os.devnull):
-            return []
+            return
         self._file.close()
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
         partial = self.path.with_suffix(".partial")
@@ -38,7 +38,6 @@ class JsonLines:
             os.fsync(file.fileno())
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        return rows
 
     def close(self) -> None:
         self._file.close()

@@ -18,7 +18,7 @@ from efficientllm.training.engine import Engine
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture
 from efficientllm.training.interruption import Interruption
-from efficientllm.training.logs import ExternalLog, JsonLines
+from efficientllm.training.logs import ExternalLog, JsonLines, read_rows
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe
 from efficientllm.training.source import Source
@@ -60,9 +60,12 @@ class Run:
             self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, self.engine, self._landed)
             if checkpoint:
                 self.trainer.restore(checkpoint)
-            begun = self.metrics.cut_back(self.trainer.step if checkpoint else -1)
-            self.removals.cut_back(self.trainer.step if checkpoint else -1)
-            self.valid_losses = {row["step"]: row["valid_loss"] for row in begun if "valid_loss" in row}
+            begun = self.trainer.step if checkpoint else -1
+            rows = [row for row in read_rows(self.out / "metrics.jsonl") if row["step"] <= begun]
+            self.valid_losses = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
+            self.engine.wait()  # every rank has read
+            self.metrics.cut_back(begun)
+            self.removals.cut_back(begun)
             self._begin_feed()
             with Interruption() as interruption, self.display:
                 self._train(interruption)
