@@ -128,7 +128,11 @@ class _Ranks(Engine):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, num_ranks = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
+            # torchrun keeps the store, and with it a dead attempt's addresses
+            store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
 
     def mean(self, number: Tensor) -> Tensor:
@@ -323,9 +327,9 @@ class FSDP(_Ranks):
         return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def was_restarted() -> bool:
-    """Returns whether torchrun has started this worker again after one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def num_restarts() -> int:
+    """Returns how often torchrun has started the workers again after one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def start_engine(name: str, device: torch.device) -> Engine:

@@ -14,7 +14,7 @@ from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import find_device, memory_bytes
-from efficientllm.training.engine import Engine, start_engine, was_restarted
+from efficientllm.training.engine import Engine, num_restarts, start_engine
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
@@ -37,7 +37,7 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     """
     check_installed(config.log_to)
     out = Path(config.out).expanduser()
-    resume = resume or (was_restarted() and out.exists())
+    resume = resume or (num_restarts() > 0 and out.exists())
     with exit_on_sigterm():
         return _resume(config, out) if resume else _begin(config, out)
 
