@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import LinearPace, Pruner, Removal
@@ -60,6 +61,7 @@ def train(engine: Engine, name: str, compensate: bool, steps: int = STEPS) -> di
 def main(out: Path, engines: list[str], names: list[str]) -> None:
     torch.set_num_threads(1)
     results = {}
+    DDP(torch.device("cpu"))  # the ranks meet
     for name in names:
         for compensate in (False, True):
             alone = train(Engine(torch.device("cpu")), name, compensate)
@@ -87,7 +89,7 @@ def disagreement(engine: Engine) -> str:
 
 def make_engine(kind: str) -> Engine:
     device = torch.device("cpu")
-    return DDP(device) if kind == "ddp" else FSDP(device, shards=2 if kind == "hsdp" else None)
+    return DDP(device) if kind == "ddp" else FSDP(device, 2 if kind == "hsdp" else dist.get_world_size())
 
 
 def compare(alone: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

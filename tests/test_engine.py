@@ -124,7 +124,7 @@ def test_a_run_on_two_ranks_goes_on_alone_and_on_four(
     kill_at(12, out, torchrun_command(2, *launch, *words_of(corpus, out), "--engine", engine), signal.SIGTERM)
     assert (out / "checkpoints").exists() and not (out / "model").exists()
     kill_at(20, out, [sys.executable, *launch, "prune", "--resume", "--out", str(out)], signal.SIGTERM)
-    done = torchrun(4, *launch, "prune", "--resume", "--out", str(out), "--engine", "fsdp")
+    done = torchrun(4, *launch, "prune", "--resume", "--out", str(out), "--engine", "fsdp", "--shards", "2")
     assert done.returncode == 0, errors_of(done.stderr)
     check_equal(out, one_process)
 

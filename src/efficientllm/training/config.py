@@ -58,6 +58,7 @@ class RunConfig:
     engine: str | None = _flag(
         None, "how ranks under torchrun share the model (default: by its size)", choices=("ddp", "fsdp")
     )
+    shards: int | None = _flag(None, "ranks that share one copy under fsdp (default: those of one machine)")
     dtype: str | None = _flag(
         None, "dtype of the result's weights (default: the source's)", choices=("float32", "bf16", "fp16")
     )

@@ -208,11 +208,12 @@ class FSDP(_Ranks):
     name = "fsdp"
     compaction_tile = 64  # each compaction shards the model anew
 
-    def __init__(self, device: torch.device, shards: int | None = None) -> None:
+    def __init__(self, device: torch.device, shards: int) -> None:
         super().__init__(device)
-        shards = shards or self.num_ranks
         if self.num_ranks % shards:
-            raise ConfigError(f"{shards} shards a replica: {self.num_ranks} ranks cannot be cut so; give a divisor")
+            raise ConfigError(
+                f"--shards {shards} does not divide the {self.num_ranks} ranks; give a divisor of {self.num_ranks}"
+            )
         self.mesh: DeviceMesh
         if shards == self.num_ranks:
             self.mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
@@ -332,11 +333,17 @@ def num_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def start_engine(name: str, device: torch.device) -> Engine:
-    """Returns the engine of this process: `ddp` or `fsdp` under torchrun, the plain one without."""
+def start_engine(name: str, device: torch.device, shards: int | None = None) -> Engine:
+    """Returns the engine of this process: `ddp` or `fsdp` under torchrun, the plain one without.
+
+    Raises:
+        ConfigError: if the ranks cannot be cut into replicas of `shards` ranks (default: those of one machine).
+    """
     if "WORLD_SIZE" not in os.environ:
         return Engine(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    return FSDP(device) if name == "fsdp" else DDP(device)
+    if name == "ddp":
+        return DDP(device)
+    return FSDP(device, shards or int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))

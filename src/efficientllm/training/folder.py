@@ -20,6 +20,7 @@ CHANGEABLE = {
     "dtype",
     "activation_checkpointing",
     "engine",
+    "shards",
     "out",
 }
 

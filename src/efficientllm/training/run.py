@@ -96,7 +96,8 @@ def _engine(config: RunConfig, source: Source) -> Engine:
     """Returns what this process trains with; among ranks FSDP if weights, gradients, moments fill half the memory."""
     device = find_device()
     state_bytes = 4 * FLOAT32 * source.space.num_params(source.limits.source)
-    return start_engine(config.engine or ("fsdp" if 2 * state_bytes > memory_bytes(device) else "ddp"), device)
+    name = config.engine or ("fsdp" if config.shards or 2 * state_bytes > memory_bytes(device) else "ddp")
+    return start_engine(name, device, config.shards)
 
 
 def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe, RunConfig]:
