@@ -24,7 +24,7 @@ def torchrun_command(num_ranks: int, *words: str, restarts: int = 0) -> list[str
 def torchrun(num_ranks: int, *words: str) -> "subprocess.CompletedProcess[str]":
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = torchrun_command(num_ranks, *words)
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
 @pytest.mark.parametrize(
