@@ -32,7 +32,8 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
     "what is removed": ("saliency", "score", "score_ema", "compensate"),
-    "training": ("lr", "seed", "init", "engine", "shards"),
+    "training": ("lr", "seed", "init"),
+    "machine": ("engine", "shards", "precision", "compile", "threads"),
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
 }
