@@ -16,10 +16,10 @@ from efficientllm.space import find_limits, find_space
 from efficientllm.training.checkpoint import SHARDS, Checkpoints, last_checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.evaluate import validation_loss
+from efficientllm.training.fisher import Fisher
 from efficientllm.training.logs import JsonLines, read_rows
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import default_lr, make_recipe
-from efficientllm.training.trainer import Fisher
 from efficientllm.training.watching import Watch
 
 

@@ -18,15 +18,19 @@ ROW_CAP = 8192  # rows of X kept per layer input and step; never fewer than twic
 class InputSampler:
     """Keeps up to ROW_CAP rows of every distinct consumer input of a step; `clear` forgets them.
 
-    The rows are views of activations, so without gradient accumulation they cost what keeping those alive costs.
+    The rows are views of activations, so without gradient accumulation they cost what keeping those alive costs. Within
+    a pass they are put down on the modules themselves, by one hook that knows no layer's name, so that compiled layers
+    still share a graph; when the pass is over they are collected.
     """
 
     def __init__(self, model: nn.Module, space: Space) -> None:
+        names = {tuple(names): names[0] for names in consumer_inputs(space).values()}.values()
+        self.readers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
-        self._hooks = [
-            model.get_submodule(readers[0]).register_forward_pre_hook(self._keep(readers[0]))
-            for readers in {tuple(names): names for names in consumer_inputs(space).values()}.values()
-        ]
+        self._hooks = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._collect)]
+        for reader in self.readers.values():
+            reader.kept_inputs = []
+            self._hooks.append(reader.register_forward_pre_hook(keep_input))
 
     def inputs(self, reader: str) -> Tensor:
         """Returns the kept rows (rows, in) of one input, by the name of its first reader."""
@@ -34,23 +38,45 @@ class InputSampler:
 
     def clear(self) -> None:
         self.rows.clear()
+        self._begin()
 
     def close(self) -> None:
         self.clear()
         for hook in self._hooks:
             hook.remove()
+        for reader in self.readers.values():
+            reader.__dict__.pop("kept_inputs", None)
+        self.readers = {}
 
-    def _keep(self, reader: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not torch.is_grad_enabled():
-                return  # evaluation, or the first pass of a checkpointed block
-            X = args[0].detach().flatten(0, -2)
-            room = max(ROW_CAP, 2 * X.shape[-1]) - sum(len(rows) for rows in self.rows[reader])
-            if room > 0:
-                stride = -(-len(X) // room)
-                self.rows[reader].append(X if stride == 1 else X[::stride].clone())  # a view would keep all of X alive
+    def _begin(self, *pass_: Any) -> None:
+        for reader in self.readers.values():
+            reader.kept_inputs.clear()  # a checkpointed block puts them down again in the backward pass
 
-        return keep
+    def _collect(self, *pass_: Any) -> None:
+        for name, reader in self.readers.items():
+            for X in reader.kept_inputs:
+                room = row_cap(X) - sum(len(rows) for rows in self.rows[name])
+                if room > 0:
+                    self.rows[name].append(X if len(X) <= room else thinned(X, room))
+            reader.kept_inputs.clear()
+
+
+def keep_input(reader: Any, args: tuple[Any, ...]) -> None:
+    """The hook: puts the rows of a module's input down on the module, at most as many as are kept of a step."""
+    if torch.is_grad_enabled():  # not in an evaluation
+        X = args[0].detach().flatten(0, -2)
+        reader.kept_inputs.append(thinned(X, row_cap(X)))
+
+
+def row_cap(X: Tensor) -> int:
+    """Returns the most rows (of `X`'s width) that are kept of a step."""
+    return max(ROW_CAP, 2 * X.shape[-1])
+
+
+def thinned(X: Tensor, room: int) -> Tensor:
+    """Returns every so manieth row, so that at most `room` are left."""
+    stride = -(-len(X) // room)
+    return X if stride == 1 else X[::stride].clone()  # a view would keep all of X alive
 
 
 def consumer_inputs(space: Space) -> dict[tuple[str, str], list[str]]:

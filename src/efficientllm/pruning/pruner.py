@@ -174,6 +174,11 @@ class Pruner:
         """
         self._plan = self._plan_step(self.step + 1)
 
+    def forget_inputs(self) -> None:
+        """Drops the layer inputs kept since the last step: the pass that they come from is done again."""
+        if self._sampler:
+            self._sampler.clear()
+
     def compact(self) -> None:
         """Compacts whatever waits, so that every shape is the stock one of this size."""
         self._compact(dict.fromkeys(self.space.bundles, 1))
@@ -211,8 +216,7 @@ class Pruner:
         plan, self._plan = self._plan, None
         if plan and plan.removals:
             self._execute(plan)
-        if self._sampler:
-            self._sampler.clear()
+        self.forget_inputs()
         self._rest_if_done()
 
     @torch.no_grad()
@@ -237,6 +241,7 @@ class Pruner:
             shapes={name: param.shape for name, param in params.items()},
             add_up=self.layout.sum_shards,
         )
+        scores = {kind: score.cpu() for kind, score in scores.items()}  # choosing is the host's business
         if all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired):
             return nothing
         if self.score_ema:

@@ -61,7 +61,7 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
 
     `counted` leaves dims out of the mean: the query heads of a KV group that is already retired.
     """
-    ordered, units = scores.float().cpu().sort(dim=1, stable=True)
+    ordered, units = scores.float().sort(dim=1, stable=True)
     if counted is not None:
         ordered = ordered[torch.tensor(counted)]
     return Queue(units.tolist(), ordered.double().mean(0).tolist())

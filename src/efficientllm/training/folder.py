@@ -22,6 +22,8 @@ CHANGEABLE = {
     "engine",
     "shards",
     "compile",
+    "micro_batch_size",
+    "precision",
     "threads",
     "out",
 }

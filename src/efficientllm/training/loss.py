@@ -7,13 +7,15 @@ soft-capped logits.
 h  (tokens, hidden)  what the head reads      W  (vocab, hidden)  the head      targets  (tokens,)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CHUNK = 2**25  # logits at once: 128 MiB in float32
@@ -35,7 +37,8 @@ def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
     def forward(self: Any, input_ids: Tensor, labels: Tensor | None = None, **more: Any) -> Any:
         if labels is None:
             return stock(self, input_ids=input_ids, **more)
-        h = self.model(input_ids=input_ids, **more).last_hidden_state
+        with whole_rows():
+            h = self.model(input_ids=input_ids, **more).last_hidden_state
         config = self.config
         loss = next_token_loss(
             h[:, :-1].flatten(0, 1),
@@ -49,6 +52,20 @@ def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
 
     # a bound method, not a closure over the model: a deep copy then calls itself
     model.__dict__["forward"] = MethodType(forward, model)
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Spares passes the question whether a row is packed of several sequences.
+
+    transformers puts it to the device, and waits for the answer, in every pass without a mask; ours are never packed.
+    """
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def next_token_loss(

@@ -19,7 +19,7 @@ from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import FLOAT32, fitting_micro_batch
+from efficientllm.training.memory import CPU_TOKENS, FLOAT32, fitting_micro_batch
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe
@@ -99,9 +99,9 @@ def _engine(config: RunConfig, source: Source) -> tuple[Engine, RunConfig]:
     Without `--engine` it is FSDP among ranks if weights, gradients and moments fill half the memory, else DDP.
     """
     device = find_device()
-    state_bytes = 4 * FLOAT32 * source.space.num_params(source.limits.source)
-    name = config.engine or ("fsdp" if config.shards or 2 * state_bytes > memory_bytes(device) else "ddp")
-    precision = config.precision or default_precision(device)
+    params = source.space.num_params(source.limits.source)
+    name = config.engine or ("fsdp" if config.shards or 2 * 4 * FLOAT32 * params > memory_bytes(device) else "ddp")
+    precision = config.precision or default_precision(device, params)
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
@@ -122,6 +122,8 @@ def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe,
         rows=recipe.batch_rows // engine.num_ranks,
         seq_len=config.seq_len,
         memory_bytes=memory_bytes(engine.device),
+        most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
+        activation_bytes=2 if engine.precision == "bf16" else FLOAT32,
         compensate=config.compensate,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
@@ -186,6 +188,8 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
         f"learning rate {recipe.lr:g} ({recipe.lr_reason}), weight decay {recipe.weight_decay:g}, "
         f"micro-batches of {config.micro_batch_size} × {config.seq_len}"
     )
+    threads = f", {config.threads} threads" if engine.device.type == "cpu" else ""
+    say(f"{engine.device.type}, {engine.precision}{threads}{', compiled' if engine.compiles else ''}")
     if engine.num_ranks > 1:
         say(f"{engine.num_ranks} ranks, {engine.name}")
     elif config.engine:

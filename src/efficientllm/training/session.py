@@ -15,6 +15,7 @@ from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig, flag_name
 from efficientllm.training.corpus import Corpus
+from efficientllm.training.device import is_out_of_memory
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture, on_device
 from efficientllm.training.interruption import Interruption
@@ -87,6 +88,12 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"writing to {self.out} failed ({error}); free space, then: {self._resume_command()}"
+            ) from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory beside the passes; use more ranks with --engine fsdp; {self._last_good()}"
             ) from None
         finally:
             for log in (self.metrics, self.removals, self.external):
@@ -197,6 +204,8 @@ class Run:
                 f"validation loss: source {losses['source']:.4f}, last {losses['result']:.4f} (step {steps[-1]}), "
                 f"best {after[best]:.4f} (step {best})"
             )
+        if self.engine.compiles:
+            say(f"{self.engine.compilations} graphs were compiled")
         if trainer.skipped:
             say(f"{trainer.skipped} steps were skipped because the loss or its gradient was not finite")
 
@@ -233,9 +242,7 @@ class Run:
             self.checkpoints.finish()
         checkpoint = last_checkpoint(self.out / "checkpoints")
         step = checkpoint.step if checkpoint else 0
-        return (
-            f"the last good checkpoint is at step {step}; go on from there with a lower --lr: {self._resume_command()}"
-        )
+        return f"the last good checkpoint is at step {step}; go on from there: {self._resume_command()}"
 
 
 def _divides(every: int | None, step: int) -> bool:

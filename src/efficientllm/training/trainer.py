@@ -16,7 +16,10 @@ from efficientllm.space import Limits
 from efficientllm.space.dims import Shape
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
+from efficientllm.training.device import is_out_of_memory
+from efficientllm.training.fisher import Fisher
 from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
+from efficientllm.training.memory import divisors
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
 from efficientllm.training.watching import Watch
@@ -91,6 +94,7 @@ class Trainer:
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._removed_last = False
+        self._notes: list[str] = []  # warnings of the step under way
         self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape]] = []
         self._settled = time.perf_counter()
 
@@ -126,7 +130,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
-        row = {**self.row(phase), "lr": lr}
+        row = {**self.row(phase), "lr": lr, "warnings": self._notes}
+        self._notes = []
         removals = self.pruner.removals[before:]
         self._pending.append((row, torch.stack([loss, norm.to(loss.dtype)]), removals, self.pruner.shape))
 
@@ -154,12 +159,14 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        warnings = self.watch.look(loss, norm, self._removed_last) if finite else []
+        warnings = row.pop("warnings")
+        warnings += self.watch.look(loss, norm, self._removed_last) if finite else []
         warnings += self.watch.look_at(removals, shape)
         self._removed_last = bool(removals)
         if self._skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
-                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']})"
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']}); "
+                "lower --lr"
             )
         row["loss"] = loss if math.isfinite(loss) else None
         row["grad_norm"] = norm if math.isfinite(norm) else None
@@ -239,9 +246,7 @@ class Trainer:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(extra[f"buffer.{name}"])
         average = {
-            name.removeprefix("average."): tensor.to(self.engine.device)
-            for name, tensor in extra.items()
-            if name.startswith("average.")
+            name.removeprefix("average."): tensor for name, tensor in extra.items() if name.startswith("average.")
         }
         self.pruner.load_state_dict({**state["pruner"], "average": average})
         self.watch.load_state_dict(state["watch"])
@@ -253,9 +258,39 @@ class Trainer:
             torch.cuda.set_rng_state(extra["random.cuda"], self.engine.device)
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due."""
-        engine = self.engine
+        """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due.
+
+        Raises:
+            TrainingError: if memory runs out among several ranks, or with a single row.
+        """
         batch = next(self.feed)
+        while True:
+            try:
+                return self._passes(batch, step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # not in the handler: its traceback keeps the pass that failed, with all its activations
+            self._halve(len(batch))
+
+    def _halve(self, rows: int) -> None:
+        """Makes the micro-batches half as large and forgets the pass that was too large."""
+        size = math.gcd(self.micro_batch_size, rows)
+        smaller = max((each for each in divisors(rows) if 2 * each <= size), default=0)
+        found = f"out of memory with {size} rows of {self.config.seq_len} tokens a pass"
+        if not smaller:
+            raise TrainingError(f"{found}; add --activation-checkpointing, or more ranks with --engine fsdp")
+        if self.engine.num_ranks > 1:  # the others wait for a sum that this rank will not come to
+            raise TrainingError(f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}")
+        self.micro_batch_size = smaller
+        self._notes.append(f"{found}; going on with {smaller}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pruner.forget_inputs()
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _passes(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+        engine = self.engine
         # a run may go on with another number of ranks, whose rows the micro-batch size must divide too
         micro_batches = torch.split(batch, math.gcd(self.micro_batch_size, len(batch)))
         scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
@@ -271,34 +306,6 @@ class Trainer:
             if fisher:
                 fisher.add()
         return engine.mean(total) / len(micro_batches), fisher.finish() if fisher else None
-
-
-class Fisher:
-    """The diagonal Fisher: the mean of squared micro-batch gradients (method.md section 3).
-
-    At steps with a removal due it holds two more copies of the weights: the squares, and the gradient so far.
-    """
-
-    def __init__(self, model: nn.Module, num_micro_batches: int) -> None:
-        self.model, self.count = model, num_micro_batches
-        self.squares: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self) -> None:
-        """Takes the gradient of one micro-batch, of the loss over their number, out of the model."""
-        for name, param in self.model.named_parameters():
-            if param.grad is None:
-                continue
-            gradient, param.grad = param.grad, None
-            square = (gradient * self.count).square_() / self.count
-            self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
-            self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
-
-    def finish(self) -> dict[str, Tensor]:
-        """Puts the whole gradient back into the model and returns F by parameter name."""
-        for name, param in self.model.named_parameters():
-            param.grad = self.sums.get(name)
-        return self.squares
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
