@@ -41,9 +41,11 @@ class Engine(Layout):
     Attributes:
         device: where this rank computes.
         compaction_tile: retired units that wait for one compaction; None for the multiples that the result has.
+        shards: ranks that share one copy.
     """
 
     name = "one"
+    shards = 1
     compaction_tile: int | None = None
 
     def __init__(self, device: torch.device) -> None:
@@ -214,6 +216,7 @@ class FSDP(_Ranks):
             raise ConfigError(
                 f"--shards {shards} does not divide the {self.num_ranks} ranks; give a divisor of {self.num_ranks}"
             )
+        self.shards = shards
         self.mesh: DeviceMesh
         if shards == self.num_ranks:
             self.mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
