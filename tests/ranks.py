@@ -11,7 +11,8 @@ import torch.distributed as dist
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import LinearPace, Pruner, Removal
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.engine import DDP, FSDP, Engine
+from efficientllm.training.engine import DDP, FSDP
+from efficientllm.training.process import Engine
 from families import VOCAB, make_model
 
 ROWS, STEPS, PRUNE = 8, 60, 45
@@ -48,7 +49,7 @@ def train(engine: Engine, name: str, compensate: bool, steps: int = STEPS) -> di
         optimizer.zero_grad()
         losses.append(float(engine.mean(total)))
     pruner.close()
-    plain, _ = engine.gather(pruner.model, optimizer)
+    plain = engine.gather(pruner.model)
     weights = {key: param.detach().clone() for key, param in plain.named_parameters()} if engine.is_main else {}
     return {
         "removals": [(removal.kind, removal.units) for removal in pruner.removals],
@@ -89,7 +90,7 @@ def disagreement(engine: Engine) -> str:
 
 def make_engine(kind: str) -> Engine:
     device = torch.device("cpu")
-    return DDP(device) if kind == "ddp" else FSDP(device, 2 if kind == "hsdp" else dist.get_world_size())
+    return DDP(device) if kind == "ddp" else FSDP(device, shards=2 if kind == "hsdp" else dist.get_world_size())
 
 
 def compare(alone: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +22,8 @@ from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.training.cards import CARDS, Card, Cluster, find_card, read_cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.costs import make_setup, phase_seconds, step_cost, suggest, traffic
-from efficientllm.training.memory import LOSS_CHUNK_TOKENS, default_engine, estimate, fsdp_groups
+from efficientllm.training.loss import CHUNK
+from efficientllm.training.memory import default_engine, estimate, fsdp_groups
 from efficientllm.training.plan import make_plan
 from efficientllm.training.recipe import make_recipe
 
@@ -162,6 +165,13 @@ def eight_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.usefixtures("eight_ranks")
 def test_fsdp_memory_is_what_torch_holds() -> None:
     model: Any = LlamaForCausalLM(LlamaConfig(**(TINY | {"vocab_size": 1024, "hidden_size": 96})))
@@ -197,6 +207,31 @@ def test_fsdp_memory_is_what_torch_holds() -> None:
     assert memory(1).gradients == pytest.approx(sharded, rel=0.02)
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_holds_its_sums_beside_those_of_several_micro_batches() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    space = find_space(model)
+    replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    tokens = torch.randint(0, 130, (1, 16))
+
+    def step(*, last: bool) -> dict[int, int]:
+        with nullcontext() if last else replica.no_sync():
+            replica(input_ids=tokens, labels=tokens).loss.backward()
+        storages = [param.grad.untyped_storage() for param in model.parameters() if param.grad is not None]
+        return {each.data_ptr(): each.nbytes() for each in storages}
+
+    for _ in range(2):  # the first step orders the buckets anew
+        buckets = step(last=True)
+        replica.zero_grad(set_to_none=True)
+    assert sum(buckets.values()) == pytest.approx(4 * PARAMS, rel=0.01)
+    added = step(last=False)
+    assert not added.keys() & buckets.keys() and sum(added.values()) == 4 * PARAMS
+    memory = estimate(space, space.shape, micro_batch_size=1, seq_len=16, batch_rows=2, engine="ddp")
+    assert memory.gradients + memory.buckets == pytest.approx(sum(added.values()) + sum(buckets.values()), rel=0.01)
+    replica.zero_grad(set_to_none=True)
+    assert step(last=True).keys() <= buckets.keys()  # of one micro-batch nothing stands beside
+
+
 def test_states_and_copies_by_hand() -> None:
     space, _ = space_of()
 
@@ -205,7 +240,8 @@ def test_states_and_copies_by_hand() -> None:
 
     assert memory().states == 16 * PARAMS
     ddp = memory(engine="ddp", activation_bytes=2)
-    assert (ddp.states, ddp.buckets, ddp.casts, ddp.gathered) == (16 * PARAMS, 4 * PARAMS, 2 * PARAMS, 0)
+    assert (ddp.states, ddp.buckets, ddp.casts, ddp.gathered) == (16 * PARAMS, 0, 2 * PARAMS, 0)
+    assert memory(engine="ddp", batch_rows=4).buckets == 4 * PARAMS
     fsdp = memory(engine="fsdp", shards=4, activation_bytes=2)
     assert (fsdp.states, fsdp.buckets, fsdp.casts) == (16 * PARAMS / 4, 0, 0)
     # root and its gradient, two layers and a gradient in bf16, a gradient in float32
@@ -217,9 +253,11 @@ def test_states_and_copies_by_hand() -> None:
 
 def test_logits_are_those_of_a_chunk() -> None:
     space, _ = space_of()
-    short, long = (estimate(space, space.shape, micro_batch_size=1, seq_len=n).logits for n in (512, 2**14))
-    assert short == 512 * 130 * (4 + 8) + 4 * 48 * (512 + 130)
-    assert long == LOSS_CHUNK_TOKENS * 130 * (4 + 8) + 4 * 48 * (2**14 + 130)
+    short, long = (estimate(space, space.shape, micro_batch_size=1, seq_len=n).logits for n in (512, 2**20))
+    assert short == 512 * 130 * 4 + 4 * 48 * (512 + 130)
+    assert long == CHUNK // 130 * 130 * 4 + 4 * 48 * (2**20 + 130)
+    bf16 = estimate(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
+    assert bf16 - short == 512 * 130 * 2  # products come in bf16, their slopes go in it
 
 
 def test_the_engine_is_chosen_by_half_of_the_memory() -> None:
@@ -246,7 +284,7 @@ def with_flags(config: RunConfig, cluster: Cluster, flags: tuple[str, ...]) -> t
         if name == "gpus":
             cluster = replace(cluster, num_gpus=int(value))
         else:
-            field = True if not value else value if name == "engine" else int(value)
+            field = True if not value else value if name in ("engine", "precision") else int(value)
             config = replace(config, **{name: field})
     return config, cluster
 
@@ -260,6 +298,8 @@ CASES = [
     ("70B", 64, "H200", {"activation_checkpointing": True}),
     ("70B", 8, "L4", {}),
     ("7B", 2, "H100", {"compensate": True, "saliency": "fisher"}),
+    ("7B", 8, "H100", {"precision": "float32"}),
+    ("7B", 8, "V100-32GB", {}),
 ]
 
 
@@ -287,6 +327,14 @@ def test_what_is_suggested_fits(size: str, num_gpus: int, card: str, given: dict
     ]
     for flags in one_fewer:  # no flag is there for nothing
         assert not make_setup(*with_flags(config, cluster, flags), space, space.shape).fits
+
+
+def test_old_cards_train_in_float32() -> None:
+    space, _ = space_of()
+    setup = make_setup(RunConfig(), Cluster(1, CARDS["T4"]), space, space.shape)
+    assert setup.precision == "float32"
+    assert step_cost(RunConfig(), Cluster(1, CARDS["T4"]), setup, space, space.shape).compute > 0
+    assert make_setup(RunConfig(precision="float32"), Cluster(1, CARDS["H100"]), space, space.shape).memory.casts == 0
 
 
 def test_what_fits_needs_no_suggestion() -> None:
@@ -338,7 +386,8 @@ def test_flags_describe_another_card() -> None:
     ("flags", "words"),
     [
         ("--gpus 8 --gpu H10", ["--gpu H10", "did you mean H100?", "B200", "--flops"]),
-        ("--gpus 8 --gpu V100", ["--gpu V100", "bf16"]),
+        ("--gpus 8 --gpu V100-16GB --precision bf16", ["--precision bf16", "V100-16GB"]),
+        ("--flops 100T --gpu-memory 24G --precision float32", ["--precision float32"]),
         ("--gpus 0 --gpu H100", ["--gpus 0", "below 1"]),
         ("--gpus eight --gpu H100", ["--gpus", "'eight'"]),
         ("--gpus 8", ["--gpu", "H100", "--flops"]),

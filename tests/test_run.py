@@ -171,9 +171,10 @@ def test_signal_saves_and_resume_ends_with_the_same_bytes(finished: Path, data: 
 def test_damaged_checkpoint_falls_back(finished: Path, tmp_path: Path) -> None:
     out = unfinished(finished, tmp_path)
     last = max((out / "checkpoints").glob("step-*"))
-    damaged = bytearray((last / "model.safetensors").read_bytes())
+    (shard,) = (last / "shards").iterdir()
+    damaged = bytearray(shard.read_bytes())
     damaged[-5] ^= 1
-    (last / "model.safetensors").write_bytes(damaged)
+    shard.write_bytes(damaged)
     process = start(["prune", "--resume", "--out", str(out)])
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -233,7 +234,7 @@ def test_target_equal_to_the_source_is_plain_training(data: Path, tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).train()
     corpus = open_corpus(config, AutoTokenizer.from_pretrained(SOURCE), out / "data")
     feed = batches(mixture(corpus.parts, seq_len=64, seed=0, include_valid=False), 0, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     for row in rows(out / "metrics.jsonl")[1:]:
         ids = torch.from_numpy(next(feed))
         loss = model(input_ids=ids, labels=ids).loss
@@ -246,7 +247,8 @@ def test_target_equal_to_the_source_is_plain_training(data: Path, tmp_path: Path
         optimizer.zero_grad()
     trained = load_file(out / "model/model.safetensors")
     for name, param in model.named_parameters():
-        torch.testing.assert_close(trained[name], param.detach(), rtol=1e-4, atol=1e-6)
+        # as a whole: Adam blows up the rounding of an entry that has hardly had a gradient yet
+        assert float((trained[name] - param.detach()).norm()) < 1e-6 * float(param.detach().norm()), name
 
 
 @pytest.mark.filterwarnings("ignore")

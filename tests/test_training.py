@@ -1,7 +1,8 @@
 """The parts of a run, each by itself: recipe, Fisher, validation, warnings, logs, checkpoints."""
 
 import json
-from contextlib import nullcontext
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from efficientllm.errors import CheckpointError, ConfigError
 from efficientllm.pruning import LinearPace, Removal, SlotPace
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.checkpoint import last_checkpoint, save_checkpoint
+from efficientllm.training.checkpoint import SHARDS, Checkpoints, last_checkpoint
 from efficientllm.training.config import RunConfig
-from efficientllm.training.engine import Engine
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.logs import JsonLines, read_rows
+from efficientllm.training.process import Engine
 from efficientllm.training.recipe import default_lr, make_recipe
 from efficientllm.training.trainer import Fisher
 from efficientllm.training.watching import Watch
@@ -106,9 +107,7 @@ def test_validation_loss_is_the_mean_over_tokens_and_leaves_the_mode() -> None:
         logits = model.eval()(input_ids=whole).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, whole[:, 1:].flatten())
     model.train()
-    assert validation_loss(model, rows, 2, nullcontext, Engine(torch.device("cpu"))) == pytest.approx(
-        float(expected), rel=1e-6
-    )
+    assert validation_loss(model, rows, 2, Engine(torch.device("cpu"))) == pytest.approx(float(expected), rel=1e-6)
     assert model.training
 
 
@@ -169,11 +168,45 @@ def test_logs_are_cut_back_to_a_step(tmp_path: Path) -> None:
 
 
 def save_steps(folder: Path, steps: range, keep_before: int) -> None:
-    model = tiny()
+    model, checkpoints = tiny(), Checkpoints(folder, keep_before)
     for step in steps:
-        save_checkpoint(
-            folder, model, {"step:x": torch.ones(3)}, {"step": step}, {"random.cpu": torch.get_rng_state()}, keep_before
-        )
+        random = {"random.cpu": torch.get_rng_state()}
+        checkpoints.save(dict(model.named_parameters()), {"step": step}, random, model.config)
+    checkpoints.finish()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """What is saved is what stood there when `save` was called, however long the writing takes."""
+    big = {"a": torch.randn(3_000_000), "exp_avg:a": torch.randn(5, 7).T}
+    expected = {name: tensor.clone() for name, tensor in big.items()}
+    checkpoints = Checkpoints(tmp_path, 0)
+    checkpoints.save(big, {"step": 1}, {}, tiny().config)
+    begun = not (tmp_path / "step-00000001").exists()  # it is still being written
+    for tensor in big.values():
+        tensor.zero_()
+    checkpoints.finish()
+    found = last_checkpoint(tmp_path)
+    assert begun and found is not None
+    loaded = {name: torch.ones_like(tensor) for name, tensor in big.items()}
+    found.load_(loaded)
+    assert all(torch.equal(loaded[name], expected[name]) for name in big)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 0)
+    checkpoints.save({"a": torch.randn(3_000_000)}, {"step": 1}, {}, tiny().config)
+    checkpoints.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # a full disk, for files of this process
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        checkpoints.save({"a": torch.randn(3_000_000)}, {"step": 2}, {}, tiny().config)
+        with pytest.raises(OSError, match="too large"):
+            checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_checkpoints_kept(tmp_path: Path) -> None:
@@ -184,7 +217,9 @@ def test_checkpoints_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     save_steps(tmp_path, range(1, 3), keep_before=0)
-    file = tmp_path / "step-00000002" / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
+    file = tmp_path / "step-00000002" / ("manifest.json" if damage == "manifest" else SHARDS)
+    if file.is_dir():
+        (file,) = file.iterdir()
     if damage == "remove":
         file.unlink()
     else:

@@ -33,13 +33,14 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
     "what is removed": ("saliency", "score", "score_ema", "compensate"),
-    "training": ("lr", "seed", "init", "engine", "shards"),
+    "training": ("lr", "seed", "init"),
+    "machine": ("engine", "shards", "precision", "compile", "threads"),
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
 }
 CLUSTER = (  # what `plan` asks beside the run itself
     ("--gpus", "N", "number of GPUs (default: 1)"),
-    ("--gpu", "NAME", "what GPU each is, such as H100, A100-80GB or RTX-4090"),
+    ("--gpu", "NAME", "which GPU, such as H100, A100-80GB or RTX-4090"),
     ("--flops", "X", "FLOP/s of dense bf16 matrix products of a GPU, such as 989T"),
     ("--bandwidth", "X", "bytes/s that a GPU sends to the next one, such as 450G: half of what data sheets add up"),
     ("--gpu-memory", "X", "bytes of memory of a GPU, such as 80G"),

@@ -19,10 +19,12 @@ class Layout:
 
     Attributes:
         rank, num_ranks: of the processes that share the data; each has gradients of all of it.
+        compiles: whether graphs are compiled, which hooks that come and go between compactions would break.
     """
 
     rank = 0
     num_ranks = 1
+    compiles = False
 
     def local(self, tensor: Tensor) -> Tensor:
         """Returns the part of a parameter, gradient or moment that is held here, sharing its memory."""

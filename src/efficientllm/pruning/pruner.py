@@ -129,7 +129,7 @@ class Pruner:
         self.next_step = 0.0
         self._ledger = Ledger(space)
         self._plan: Plan | None = None
-        self._norms = LiveNorms()
+        self._norms = LiveNorms(self.layout.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -139,6 +139,7 @@ class Pruner:
         self._compact_before_saving()
         while self.targets and self._is_landed():
             self.targets.pop(0)  # a target equal to the source is plain training
+        count_live_(model, self._norms, space, {})
         self._rest_if_done()
 
     @property
@@ -212,7 +213,7 @@ class Pruner:
             self._execute(plan)
         if self._sampler:
             self._sampler.clear()
-            self._rest_if_done()
+        self._rest_if_done()
 
     @torch.no_grad()
     def _plan_step(self, step: int) -> Plan:
@@ -304,7 +305,7 @@ class Pruner:
         """Goes on with a model that was built anew at the smaller shape."""
         save_as_before(self.model)
         self.model = model
-        self._norms = LiveNorms()
+        self._norms = LiveNorms(self.layout.compiles)
         if self._sampler:
             self._sampler.close()
             self._sampler = InputSampler(model, find_space(model))
@@ -334,8 +335,10 @@ class Pruner:
         return max(1, self.compaction_tile // self.space.head_dim) if kind == "kv" else self.compaction_tile
 
     def _rest_if_done(self) -> None:
-        if self.done and self._sampler:
-            self._sampler.close()
+        if self.done:
+            self._norms.clear()
+            if self._sampler:
+                self._sampler.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""

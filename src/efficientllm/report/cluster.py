@@ -8,7 +8,6 @@ from efficientllm.space.dims import Space
 from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.costs import (
-    PRECISIONS,
     Setup,
     Suggestion,
     make_setup,
@@ -45,7 +44,10 @@ def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space)
 def card_words(cluster: Cluster) -> str:
     """Returns what the estimate takes a GPU and its links for."""
     card = cluster.card
-    words = [f"{format_count(card.flops)} bf16 FLOP/s", f"{gigabytes(card.memory)} GB"]
+    flops = (
+        f"{format_count(card.float32_flops)} float32" if math.isnan(card.flops) else f"{format_count(card.flops)} bf16"
+    )
+    words = [f"{flops} FLOP/s", f"{gigabytes(card.memory)} GB"]
     if cluster.num_gpus > 1:
         words.append(f"sends {gigabytes(card.bandwidth)} GB/s")
     if cluster.bandwidth(cluster.num_gpus) < card.bandwidth:
@@ -69,12 +71,15 @@ def hours_lines(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, s
         for name, shapes in (("pruning", plan.pruning), ("after it", plan.training))
     }
     phases["in all"] = sum(phases.values())
+    hours_of = [
+        f"{name:<10} {figure(hours)} hours, {figure(hours * cluster.num_gpus)} GPU-hours"
+        for name, hours in phases.items()
+    ]
+    if not setup.fits:
+        hours_of[-1] += ", if it fitted"
     return [
-        f"engine     {engine} in bf16{'' if setup.fits else ', which does not fit'} ({why})",
-        *(
-            f"{name:<10} {figure(hours)} hours, {figure(hours * cluster.num_gpus)} GPU-hours"
-            for name, hours in phases.items()
-        ),
+        f"engine     {engine} in {setup.precision} ({why})",
+        *hours_of,
         f"           assumed: {cluster.mfu:g} of the FLOP/s is reached (--mfu), and sending overlaps",
     ]
 
@@ -99,7 +104,7 @@ def memory_table(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) 
     """Returns the memory of a GPU, in GB, and the hours of the run, for each engine and precision."""
     table = _table("engine", "rows", "states", "copies", "activations", "logits", "peak", "fits", "hours")
     for engine in ("ddp", "fsdp") if cluster.num_gpus > 1 else ("one",):
-        for precision in PRECISIONS:
+        for precision in cluster.card.precisions:
             setup = make_setup(config, cluster, space, plan.source, engine=engine, precision=precision)
             memory = setup.memory
             copies = memory.peak - memory.states - memory.activations - memory.logits
@@ -117,16 +122,16 @@ def memory_table(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) 
 
 def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     """Returns what the columns of the memory table mean."""
-    copies = ["weights in bf16"]
+    copies = ["weights in bf16"] if "bf16" in cluster.card.precisions else []
     if cluster.num_gpus > 1:
-        copies += ["ddp's buckets", "what fsdp gathers"]
+        copies += ["ddp's sums of gradients", "what fsdp gathers"]
     if config.saliency == "fisher":
         copies.append("squared gradients")
     if config.compensate:
         copies.append("inputs of layers")
     lines = [
         "rows: of a pass; states: weights, gradients, moments; activations: saved by it;",
-        f"copies: {', '.join(copies)}",
+        f"copies: {', '.join(copies) or 'none'}",
     ]
     if cluster.num_gpus > 1:
         lines.append("fsdp keeps gradients whole while it adds up several passes, and shards the sum")
@@ -136,7 +141,7 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
 def suggestion_lines(suggestions: list[Suggestion], setup: Setup) -> list[str]:
     """Returns what to change if the run does not fit, each line a way that does by the estimate."""
     if not suggestions:
-        return [f"{setup.engine} in bf16 fits"]
+        return [f"{setup.engine} in {setup.precision} fits"]
     flags = [" ".join(each.flags) or "as it is" for each in suggestions]
     width = max(len(each) for each in flags)
     ways = [
@@ -144,8 +149,14 @@ def suggestion_lines(suggestions: list[Suggestion], setup: Setup) -> list[str]:
         for text, each in zip(flags, suggestions, strict=True)
     ]
     if suggestions[0].setup.fits:
-        return [f"{setup.engine} in bf16 does not fit; it would with{' any of' if len(ways) > 1 else ''}", *ways]
-    return [f"{setup.engine} in bf16 does not fit, and no change that was tried would; the least is", *ways]
+        return [
+            f"{setup.engine} in {setup.precision} does not fit; it would with{' any of' if len(ways) > 1 else ''}",
+            *ways,
+        ]
+    return [
+        f"{setup.engine} in {setup.precision} does not fit, and no change that was tried would; the least is",
+        *ways,
+    ]
 
 
 def gigabytes(size: float) -> str:

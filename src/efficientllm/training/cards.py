@@ -22,7 +22,7 @@ class Card:
     """What a GPU can do at most.
 
     Attributes:
-        flops: FLOP/s of dense bf16 matrix products, summed in float32.
+        flops: FLOP/s of dense bf16 matrix products, summed in float32; nan where there are no units for them.
         float32_flops: FLOP/s of float32 products without TF32, which torch leaves off; nan where it is not known.
         memory: bytes, as the vendor counts them; a process sees up to a few hundredths more or less.
         bandwidth: bytes a second that it sends to another card of its machine while it receives as many.
@@ -34,10 +34,24 @@ class Card:
     memory: float
     bandwidth: float
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute products in, the one that `prune` takes last."""
+        return ("float32",) if math.isnan(self.flops) else ("float32", "bf16")
+
+    def peak(self, precision: str) -> float:
+        """Returns the FLOP/s of products in a precision; nan where they are not known."""
+        return self.flops if precision == "bf16" else self.float32_flops
+
 
 CARDS = {
     card.name: card
     for card in (
+        # NVIDIA T4 data sheet: 8.1 TFLOPS in float32; PCIe Gen3 32 GB/s. NVIDIA V100 data sheet, SXM2: 15.7; NVLink
+        # 300 GB/s. Their matrix units know fp16, not bf16
+        Card("T4", math.nan, 8.1e12, 16e9, 16e9),
+        Card("V100-16GB", math.nan, 15.7e12, 16e9, 150e9),
+        Card("V100-32GB", math.nan, 15.7e12, 32e9, 150e9),
         # NVIDIA A100 data sheet, SXM: 312 TFLOPS, 19.5 in float32; NVLink 600 GB/s
         Card("A100-40GB", 312e12, 19.5e12, 40e9, 300e9),
         Card("A100-80GB", 312e12, 19.5e12, 80e9, 300e9),
@@ -66,7 +80,6 @@ CARDS = {
         Card("RTX-5090", 209.5e12, 104.8e12, 32e9, 64e9),
     )
 }
-WITHOUT_BF16 = ("T4", "V100")  # fp16 matrix units, which would need a loss scaler
 
 
 @dataclass(frozen=True)
@@ -139,8 +152,6 @@ def find_card(name: str) -> Card:
     wanted = _letters(name)
     if wanted in names:
         return CARDS[names[wanted]]
-    if wanted.upper().startswith(WITHOUT_BF16):
-        raise ConfigError(f"--gpu {name} has no bf16 matrix units, which training on a GPU needs; take a later card")
     raise ConfigError(
         f"--gpu {name} is not one of {', '.join(CARDS)}; did you mean {names[nearest(wanted, names)]}? "
         "Another card is described with --flops, --bandwidth and --gpu-memory"

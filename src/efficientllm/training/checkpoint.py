@@ -1,32 +1,42 @@
-"""Checkpoints: atomic, checksummed, safetensors and JSON only.
+"""Checkpoints: written while training goes on, whole or not at all, for any number of ranks; safetensors and JSON only.
 
 checkpoints/step-00000300/
-  config.json  model.safetensors     weights at their present shapes; units that wait for compaction are zero
-  optimizer.safetensors              the optimizer's tensors as "exp_avg:model.norm.weight"
-  extra.safetensors                  random state, the moving average of the saliency
-  state.json                         everything else
-  manifest.json                      sha256 of every file above, written last
+  shards/            weights and moments ("exp_avg:model.norm.weight"), every rank's part in a file of its own; units
+                     that wait for compaction are zero. torch.distributed.checkpoint's Hugging Face format
+  config.json        the model at its present shape
+  extra.safetensors  buffers, random state, the moving average of the saliency
+  state.json         everything else
+  manifest.json      sha256 of every file above, written last
 """
 
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from efficientllm.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
-MANIFEST = "manifest.json"
+# one process needs no process group; these are notes of that, made in threads where no context can silence them
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+MANIFEST, SHARDS = "manifest.json", "shards"
 KEPT = 2  # the last good one, and one to fall back on
 
 
@@ -41,47 +51,107 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def load_model(self) -> "PreTrainedModel":
-        """Returns the model in float32 on the CPU, at the shapes it had."""
-        from transformers import AutoModelForCausalLM
+    def config(self) -> "PretrainedConfig":
+        """Returns the config of the model at the shape it had."""
+        from transformers import AutoConfig
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
-        return model
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
+        return config
 
-    def moments(self) -> dict[str, Tensor]:
-        """Returns the optimizer's tensors, by "field:parameter"."""
-        return load_file(self.path / "optimizer.safetensors")
+    def load_(self, tensors: dict[str, Tensor]) -> None:
+        """Fills weights and moments in place, by name: tensors or parts of them, whatever ranks they stand on."""
+        # the default reader would unpickle; every rank reads its own part, without asking the others
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path / SHARDS)), no_dist=True)
 
     def extra(self) -> dict[str, Tensor]:
-        """Returns the tensors that were saved beside model and optimizer."""
+        """Returns the tensors that were saved beside weights and moments."""
         return {name: tensor.clone() for name, tensor in load_file(self.path / "extra.safetensors").items()}
 
 
-def save_checkpoint(
-    folder: Path,
-    model: "PreTrainedModel",
-    moments: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    extra: Mapping[str, Tensor],
-    keep_before: int,
-) -> Path:
-    """Writes one checkpoint, whole or not at all, and drops older ones.
+class Checkpoints:
+    """The checkpoints that a run writes, one at a time, while it trains on; every rank holds one of these.
 
     Kept are the last two, and the last at or before step `keep_before`, from which a longer run can go on.
     """
-    step = state["step"]
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".step-{step:08d}.partial"
-    try:
-        _write(partial, model, moments, state, extra)
-        if final.exists():  # of a run that was cut back to an earlier step
-            shutil.rmtree(final)
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _fsync(folder)
-    _drop_old(folder, step, keep_before)
-    return final
+
+    def __init__(self, folder: Path, keep_before: int) -> None:
+        self.folder, self.keep_before = folder, keep_before
+        # a group of its own: these collectives run in a thread, beside those of the training
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._is_main = self._group is None or dist.get_rank() == 0
+        self._closer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Any] | None = None
+
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        extra: Mapping[str, Tensor],
+        config: "PretrainedConfig",
+    ) -> None:
+        """Copies everything and returns; threads write it. All ranks call this together.
+
+        Args:
+            tensors: weights and moments, each rank's own part. State, extra and config are the main rank's.
+        """
+        self.finish()
+        step = state["step"]
+        partial = self.folder / f".step-{step:08d}.partial"
+        if self._is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            copies = {name: tensor.detach().cpu().contiguous() for name, tensor in extra.items()}
+            save_file(copies, partial / "extra.safetensors")
+            config.to_json_file(partial / "config.json", use_diff=False)
+            (partial / "state.json").write_text(json.dumps(state))
+        if self._group is not None:
+            dist.barrier(self._group)
+        written = async_save(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_writer=HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        assert isinstance(written, Future)
+        self._writing = self._closer.submit(self._close, written, partial, step) if self._is_main else written
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise OSError(str(cause)) from None
+
+    def poll(self) -> None:
+        """Raises what went wrong with a checkpoint that is not being written any more; never waits."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def _close(self, written: "Future[Any]", partial: Path, step: int) -> None:
+        """Gives a checkpoint its name, once every rank has written its part."""
+        try:
+            written.result()
+            files = sorted(file for file in partial.rglob("*") if file.is_file())
+            sums = {str(file.relative_to(partial)): _sha256(file) for file in files}
+            (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
+            for file in (*partial.iterdir(), partial / SHARDS):
+                _fsync(file)
+            final = self.folder / f"step-{step:08d}"
+            if final.exists():  # of a run that was cut back to an earlier step
+                shutil.rmtree(final)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _fsync(self.folder)
+        _drop_old(self.folder, step, self.keep_before)
 
 
 def last_checkpoint(
@@ -104,28 +174,6 @@ def last_checkpoint(
     if paths:
         raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start from step 0")
     return None
-
-
-def _write(
-    partial: Path,
-    model: "PreTrainedModel",
-    moments: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    extra: Mapping[str, Tensor],
-) -> None:
-    """Writes every file of a checkpoint into a new folder, the checksums last."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {name: param.detach().contiguous() for name, param in model.named_parameters()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    save_file({key: tensor.contiguous() for key, tensor in moments.items()}, partial / "optimizer.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in extra.items()}, partial / "extra.safetensors")
-    model.config.to_json_file(partial / "config.json", use_diff=False)
-    (partial / "state.json").write_text(json.dumps(state))
-    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
-    for file in partial.iterdir():
-        _fsync(file)
 
 
 def _damage(path: Path) -> str | None:

@@ -38,7 +38,7 @@ class RunConfig:
     )
     seq_len: int = _flag(2048, "tokens of a row")
     batch_tokens: int = _flag(2**20, "tokens of an optimizer step")
-    micro_batch_size: int | None = _flag(None, "rows of a forward pass (default: fits the machine)")
+    micro_batch_size: int | None = _flag(None, "rows of a forward pass (default: auto, the most that fit)")
     lr: float | None = _flag(None, "peak learning rate (default: by the source's size)", "X")
     seed: int = _flag(0, "seed of data order and initial weights")
     init: str = _flag("pretrained", "weights to start from", choices=("pretrained", "scratch"))
@@ -59,6 +59,11 @@ class RunConfig:
         None, "how ranks under torchrun share the model (default: by its size)", choices=("ddp", "fsdp")
     )
     shards: int | None = _flag(None, "ranks that share one copy under fsdp (default: those of one machine)")
+    precision: str | None = _flag(
+        None, "of the products; weights stay float32 (default: bf16 on a GPU)", choices=("float32", "bf16")
+    )
+    compile: bool = _flag(False, "compile the layers (torch.compile), anew at every compaction")
+    threads: int | None = _flag(None, "threads of a process on a CPU (default: its physical cores)")
     dtype: str | None = _flag(
         None, "dtype of the result's weights (default: the source's)", choices=("float32", "bf16", "fp16")
     )
@@ -119,7 +124,7 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
 
 def _value(name: str, value: Any) -> Any:
     kind: Any = FIELDS[name].type
-    if value is None:
+    if value is None or (value == "auto" and FIELDS[name].default is None):
         return FIELDS[name].default
     if isinstance(kind, UnionType):
         kind = get_args(kind)[0]

@@ -10,10 +10,10 @@ Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n 
             + 2 (n/s-1)/(n/s) · 4P/s                     gradients among the n/s copies (hybrid sharding)
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from math import gcd
 from typing import Any
 
 from efficientllm.errors import ConfigError
@@ -21,9 +21,9 @@ from efficientllm.space.dims import Shape, Space
 from efficientllm.training.cards import MACHINE, Cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.memory import (
-    BFLOAT16,
     FLOAT32,
     MEMORY_SHARE,
+    PRECISIONS,
     Memory,
     default_engine,
     divisors,
@@ -33,7 +33,6 @@ from efficientllm.training.memory import (
 )
 from efficientllm.training.recipe import rank_rows
 
-PRECISIONS = {"float32": FLOAT32, "bf16": BFLOAT16}  # bytes of a number in the products
 RECOMPUTED = 4 / 3  # activation checkpointing computes the forward pass, a third of the FLOPs, once more
 MOST_GPUS, LEAST_SEQ_LEN = 1024, 256  # how far suggestions go
 NEAR = 4  # times as many GPUs are still worth naming where fewer would do with other flags
@@ -88,14 +87,22 @@ def make_setup(
     shape: Shape,
     *,
     engine: str | None = None,
-    precision: str = "bf16",
+    precision: str | None = None,
 ) -> Setup:
-    """Returns how `prune` would train on the cluster; `engine` overrides its choice.
+    """Returns how `prune` would train on the cluster; `engine` and `precision` override its choice.
 
     Raises:
-        ConfigError: if the GPUs cannot share the rows of a batch, or cannot be cut into replicas of `--shards`.
+        ConfigError: if the GPUs cannot share the rows of a batch, cannot be cut into replicas of `--shards`, or are not
+            known to compute in `--precision`.
     """
     num_gpus, card = cluster.num_gpus, cluster.card
+    if precision is None:
+        precision = config.precision or card.precisions[-1]
+        if math.isnan(card.peak(precision)):
+            raise ConfigError(
+                f"--precision {precision}: the FLOP/s of {card.name} in {precision} are not known; "
+                "take the other precision or another --gpu"
+            )
     rows = rank_rows(config, num_gpus)
     if num_gpus == 1:
         engine = "one"
@@ -117,7 +124,7 @@ def make_setup(
     }
     seq_len = config.seq_len
     if config.micro_batch_size:
-        micro_batch_size = gcd(config.micro_batch_size, rows)
+        micro_batch_size = math.gcd(config.micro_batch_size, rows)
     else:
         micro_batch_size = fitting_micro_batch(
             space, shape, rows=rows, seq_len=seq_len, memory_bytes=card.memory, **more
@@ -129,14 +136,15 @@ def make_setup(
 
 def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shape: Shape) -> Step:
     """Returns the time and traffic of one optimizer step; nan seconds where the card's FLOP/s are not known."""
-    flops = cluster.card.flops if setup.precision == "bf16" else cluster.card.float32_flops
     compute = config.batch_tokens * space.flops_per_token(shape, config.seq_len)
     if config.activation_checkpointing:
         compute *= RECOMPUTED
     sent = traffic(space, shape, setup, cluster.num_gpus)
     # replicas of machines meet over the network; what stays within a copy does not
     sending = sum(size / cluster.bandwidth(ring) for ring, size in sent.items())
-    return Step(compute / (cluster.num_gpus * cluster.mfu * flops), sum(sent.values()), sending)
+    return Step(
+        compute / (cluster.num_gpus * cluster.mfu * cluster.card.peak(setup.precision)), sum(sent.values()), sending
+    )
 
 
 def traffic(space: Space, shape: Shape, setup: Setup, num_gpus: int) -> dict[int, float]:
@@ -211,6 +219,7 @@ def changes(config: RunConfig, cluster: Cluster, shorten: bool) -> list[list[tup
 
     Shorter rows, which make another run of it, only with `shorten`.
     """
+    bf16 = [("--precision bf16", {"precision": "bf16"})]
     fsdp = [("--engine fsdp", {"engine": "fsdp"})]
     recompute = [("--activation-checkpointing", {"activation_checkpointing": True})]
     sizes = sorted(divisors(config.micro_batch_size or 1), reverse=True)[1:]
@@ -218,6 +227,7 @@ def changes(config: RunConfig, cluster: Cluster, shorten: bool) -> list[list[tup
     lengths = [config.seq_len >> power for power in range(1, config.seq_len.bit_length()) if shorten]
     lengths = [length for length in lengths if length >= LEAST_SEQ_LEN and config.batch_tokens % length == 0]
     kinds: list[list[tuple[str, dict[str, Any]]]] = [
+        bf16 if config.precision == "float32" and "bf16" in cluster.card.precisions else [],
         fsdp if cluster.num_gpus > 1 and config.engine != "fsdp" else [],
         recompute if not config.activation_checkpointing else [],
         [(f"--micro-batch-size {size}", {"micro_batch_size": size}) for size in sizes],

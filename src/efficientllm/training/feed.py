@@ -15,6 +15,7 @@ from efficientllm.training.tokens import TokenFolder
 
 if TYPE_CHECKING:
     import grain
+    import torch
 
 READ_THREADS = 2  # rows come out of mapped memory: more threads gain nothing
 
@@ -58,6 +59,20 @@ def batches(
     options = _grain().ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=2 * batch_rows)
     rows = dataset.slice(slice(start_row + rank, None, num_ranks)).to_iter_dataset(options)
     return iter(rows.batch(batch_rows // num_ranks, batch_fn=np.stack))
+
+
+def on_device(parts: Iterator[NDArray[np.int64]], device: "torch.device") -> "Iterator[torch.Tensor]":
+    """The batches as tensors on a device; to a GPU each goes from pinned memory while the one before is computed on."""
+    import torch
+
+    if device.type == "cpu":
+        yield from map(torch.from_numpy, parts)
+        return
+    moving = (torch.from_numpy(part).pin_memory().to(device, non_blocking=True) for part in parts)
+    upcoming = next(moving, None)
+    while upcoming is not None:
+        batch, upcoming = upcoming, next(moving, None)
+        yield batch
 
 
 def epochs(

@@ -21,6 +21,8 @@ CHANGEABLE = {
     "activation_checkpointing",
     "engine",
     "shards",
+    "compile",
+    "threads",
     "out",
 }
 

@@ -15,10 +15,6 @@ class Interruption:
         self.signal = 0
         self._previous: dict[int, object] = {}
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0
-
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._came)

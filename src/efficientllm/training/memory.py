@@ -13,9 +13,10 @@ from math import ceil, isqrt
 from typing import Any
 
 from efficientllm.space.dims import Shape, Space
+from efficientllm.training.loss import CHUNK
 
-FLOAT32, BFLOAT16 = 4, 2  # bytes
-LOSS_CHUNK_TOKENS = 1024  # the loss computes logits of so many tokens at a time
+FLOAT32 = 4  # bytes
+PRECISIONS = {"float32": FLOAT32, "bf16": 2}  # bytes of a number in the products
 ROW_CAP = 8192  # rows that pruning/activations.py keeps of an input, or twice its in-channels
 CPU_TOKENS = 16_384  # tokens of a micro-batch from which a CPU gains no more speed
 MEMORY_SHARE = 0.8  # the rest is for the allocator, the libraries and the data feed
@@ -26,12 +27,12 @@ class Memory:
     """Bytes of a training run at one shape; what lives at once adds up to `peak`.
 
     Attributes:
-        buckets: DDP's copy of the gradients.
+        buckets: where DDP sums gradients, while those of several micro-batches add up beside it.
         casts: the weights in the activations' dtype, which autocast keeps for a pass.
         gathered: what FSDP holds whole for a pass: embedding, head, two layers, and gradients on their way.
         activations: what one micro-batch saves for the backward pass, without the logits.
-        logits: of one chunk of the loss: logits, float32 logits and their gradient; and the gradients that all chunks
-            add to, of the hidden states and of the head.
+        logits: of one chunk of the loss, which become their own gradient; and the gradients that all chunks add to, of
+            the hidden states and of the head.
         fisher: the squared micro-batch gradients.
         samples: layer inputs kept for the second-order update.
         solve: Hessian, its factor and the widest layer's weights while one layer is updated, when activations are gone.
@@ -125,16 +126,17 @@ def estimate(
         )
     sharded = engine == "fsdp"
     held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
+    accumulates = rows > micro_batch_size
     # FSDP adds up the gradients of several micro-batches whole, and shards only their sum
-    gradients = weight_bytes * params if sharded and rows > micro_batch_size else held
+    gradients = weight_bytes * params if sharded and accumulates else held
     return Memory(
         weights=held,
         gradients=gradients,
         moments=2 * held,
         activations=tokens * (saved + FLOAT32 * 3 * hidden),  # the last norm as any other
-        logits=min(tokens, LOSS_CHUNK_TOKENS) * space.vocab_size * (activation_bytes + 2 * FLOAT32)
+        logits=min(tokens, max(1, CHUNK // space.vocab_size)) * space.vocab_size * (FLOAT32 + activation_bytes * mixed)
         + FLOAT32 * hidden * (tokens + space.vocab_size),
-        buckets=weight_bytes * params if engine == "ddp" else 0,
+        buckets=weight_bytes * params if engine == "ddp" and accumulates else 0,
         casts=activation_bytes * params if mixed and not sharded else 0,
         gathered=gathered_bytes(space, shape, activation_bytes) if sharded else 0,
         fisher=(held if sharded else FLOAT32 * params) if fisher else 0,

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from efficientllm.delivery.load import load_config, load_model
+from efficientllm.delivery.load import empty_model, load_config, load_model
 from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
-from efficientllm.training.device import find_device, memory_bytes
-from efficientllm.training.engine import Engine, num_restarts, start_engine
+from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
+from efficientllm.training.engine import num_restarts, start_engine
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import BFLOAT16, FLOAT32, default_engine, fitting_micro_batch
+from efficientllm.training.memory import PRECISIONS, default_engine, fitting_micro_batch
+from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
 from efficientllm.training.session import Run, shape_text
@@ -46,9 +47,9 @@ def _begin(config: RunConfig, out: Path) -> int:
     validate(config)
     check_new(out)
     source = open_source(config)
-    engine = _engine(config, source)
+    engine, config = _engine(config, source)
     recipe, config = _resolve(config, source, engine)
-    model = _initial_model(config)
+    model = _initial_model(config, engine)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     _introduce(display, config, source, recipe, engine)
     if engine.is_main:
@@ -71,7 +72,7 @@ def _resume(config: RunConfig, out: Path) -> int:
         print(f"{out} is finished: the result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}")
         return 0
     source = open_source(config)
-    engine = _engine(config, source)
+    engine, config = _engine(config, source)
     recipe, config = _resolve(config, source, engine)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     at_most = make_recipe(stored, source.space, source.limits).decay_start if more else None
@@ -86,18 +87,22 @@ def _resume(config: RunConfig, out: Path) -> int:
         write_config(out, config)
     engine.wait()
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
-    model = checkpoint.load_model() if checkpoint else _initial_model(config)
+    model = empty_model(checkpoint.config(), str(out)) if checkpoint else _initial_model(config, engine)
     code = Run(config, out, source, recipe, corpus, display, engine).go(model, checkpoint)
     engine.close()
     return code
 
 
-def _engine(config: RunConfig, source: Source) -> Engine:
-    """Returns what this process trains with."""
+def _engine(config: RunConfig, source: Source) -> tuple[Engine, RunConfig]:
+    """Returns what this process trains with, and the config with what it decided."""
     device = find_device()
     params = source.space.num_params(source.limits.source)
     name = config.engine or ("fsdp" if config.shards else default_engine(params, memory_bytes(device)))
-    return start_engine(name, device, config.shards)
+    precision = config.precision or default_precision(device)
+    threads = config.threads or default_threads()
+    torch.set_num_threads(threads)
+    engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
+    return engine, replace(config, precision=precision, threads=threads)
 
 
 def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe, RunConfig]:
@@ -113,17 +118,19 @@ def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe,
         compensate=config.compensate,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
-        activation_bytes=BFLOAT16 if engine.device.type == "cuda" else FLOAT32,
+        activation_bytes=PRECISIONS[engine.precision],
         engine=engine.name,
         shards=engine.shards,
     )
     return recipe, replace(config, lr=recipe.lr, micro_batch_size=micro_batch_size)
 
 
-def _initial_model(config: RunConfig) -> "PreTrainedModel":
+def _initial_model(config: RunConfig, engine: Engine) -> "PreTrainedModel":
     torch.manual_seed(config.seed)
     if config.init == "pretrained":
-        return load_model(config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+        # what FSDP takes its rows from stays mapped from the file: one copy for all ranks of a machine
+        dtype = None if engine.name == "fsdp" else torch.float32
+        return load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     from transformers import AutoModelForCausalLM
 
     model_config = load_config(config.model, config.trust_remote_code)

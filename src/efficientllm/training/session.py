@@ -1,6 +1,7 @@
 """A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,14 @@ from efficientllm.delivery.card import Facts, model_card
 from efficientllm.delivery.huggingface import save_model
 from efficientllm.errors import TrainingError
 from efficientllm.numbers import format_count
-from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
+from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig, flag_name
 from efficientllm.training.corpus import Corpus
-from efficientllm.training.engine import Engine
 from efficientllm.training.evaluate import validation_loss
-from efficientllm.training.feed import batches, epochs, mixture
+from efficientllm.training.feed import batches, epochs, mixture, on_device
 from efficientllm.training.interruption import Interruption
 from efficientllm.training.logs import ExternalLog, JsonLines, read_rows
+from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe
 from efficientllm.training.source import Source
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT_SECONDS = 600.0  # between checkpoints, without --checkpoint-every
+SETTLE_STEPS = 10  # steps on a GPU between looks at what it has computed; on a CPU every step is looked at
 
 
 class Run:
@@ -53,11 +55,14 @@ class Run:
         )
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
+        self.settle_steps = 1 if engine.device.type == "cpu" else SETTLE_STEPS
 
     def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
         """Trains to the end, or until a signal comes; returns the exit code."""
+        self.checkpoints = Checkpoints(self.out / "checkpoints", self.recipe.decay_start)
         try:
             self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, self.engine, self._landed)
+            del model  # under FSDP the whole one is not needed any more
             if checkpoint:
                 self.trainer.restore(checkpoint)
             begun = self.trainer.step if checkpoint else -1
@@ -68,12 +73,13 @@ class Run:
             self.removals.cut_back(begun)
             self._begin_feed()
             with Interruption() as interruption, self.display:
-                self._train(interruption)
-                if interruption.signal:
+                stopped_by = self._train(interruption)
+                if stopped_by:
                     self._checkpoint()
-            if interruption.signal:
+                self.checkpoints.finish()
+            if stopped_by:
                 self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
-                return interruption.exit_code
+                return 128 + stopped_by
             self._finish()
             return 0
         except TrainingError as error:
@@ -86,31 +92,38 @@ class Run:
             for log in (self.metrics, self.removals, self.external):
                 log.close()
 
-    def _train(self, interruption: Interruption) -> None:
-        trainer, recipe = self.trainer, self.recipe
+    def _train(self, interruption: Interruption) -> int:
+        """Trains until the run is done; returns 0, or the number of the signal that stopped it before."""
+        trainer, recipe, config = self.trainer, self.recipe, self.config
         if trainer.step == 0:
             self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
         saved = time.monotonic()
-        while not trainer.done and not interruption.signal:
-            phase = trainer.phase
-            before = len(trainer.pruner.removals)
-            row = trainer.train_step()
-            for removal in trainer.pruner.removals[before:]:
+        signal = 0
+        trainer.begin_timing()
+        while not trainer.done and not signal:
+            phase, removed = trainer.phase, len(trainer.pruner.removals)
+            trainer.train_step()
+            step, removals = trainer.step, trainer.pruner.removals[removed:]
+            for removal in removals:
                 self.removals.append({**removal.as_row(), "tokens": trainer.tokens})
-            row["epoch"] = round(self.epochs_per_row * trainer.step * recipe.batch_rows, 4)
-            every = self.config.eval_every
-            if trainer.phase != phase or trainer.done or (every and trainer.step % every == 0):
-                row = self._validated(row)
-            self._log(row)
-            for message in row.get("warnings", ()):
-                self.display.warn(f"step {trainer.step}: {message}")
-            every = self.config.checkpoint_every
-            due = int(trainer.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS)
-            # a signal or the clock may reach one rank before another
-            interruption.signal, due = self.engine.largest(interruption.signal, due)
-            if due or trainer.done or trainer.step == recipe.decay_start:
+            validates = trainer.phase != phase or trainer.done or _divides(config.eval_every, step)
+            saves = trainer.done or step == recipe.decay_start or _divides(config.checkpoint_every, step)
+            if not (removals or validates or saves or step % self.settle_steps == 0):
+                continue  # nothing waits for the device
+            *rows, last = trainer.settle()
+            for row in [*rows, self._validated(last) if validates else last]:
+                self._log({**row, "epoch": round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)})
+                for message in row.get("warnings", ()):
+                    self.display.warn(f"step {row['step']}: {message}")
+            late = not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS
+            # a signal or the clock may reach one rank before another: what counts is what they agree on
+            signal, overdue = self.engine.largest(interruption.signal, late)
+            if saves or overdue:
                 self._checkpoint()
                 saved = time.monotonic()
+            self.checkpoints.poll()
+            trainer.begin_timing()
+        return signal
 
     def _begin_feed(self) -> None:
         parts = self.corpus.parts
@@ -125,7 +138,9 @@ class Run:
             if self.trainer.step == 0 and per_row * total > 1:
                 self.display.warn(f"data {spec} runs out: it is seen {per_row * total:.1f} times, each in a new order")
         start = self.trainer.step * self.recipe.batch_rows
-        self.trainer.feed = batches(rows, start, self.recipe.batch_rows, self.engine.rank, self.engine.num_ranks)
+        engine = self.engine
+        mine = batches(rows, start, self.recipe.batch_rows, engine.rank, engine.num_ranks)
+        self.trainer.feed = on_device(mine, engine.device)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row with the validation loss, if anything is held out."""
@@ -136,8 +151,7 @@ class Run:
 
     def _valid_loss(self) -> float:
         trainer = self.trainer
-        micro_batch_size = self.config.micro_batch_size or 1
-        return validation_loss(trainer.model, self.valid_rows, micro_batch_size, trainer.autocast, self.engine)
+        return validation_loss(trainer.model, self.valid_rows, trainer.micro_batch_size, self.engine)
 
     def _log(self, row: dict[str, Any]) -> None:
         self.metrics.append(row)
@@ -147,12 +161,10 @@ class Run:
     def _checkpoint(self) -> None:
         self.metrics.sync()
         self.removals.sync()
-        state, extra = self.trainer.state()
+        trainer = self.trainer
+        state, extra = trainer.state()
         state["data"] = self.corpus.fingerprint
-        model, moments = self.engine.gather(self.trainer.model, self.trainer.optimizer)
-        if self.engine.is_main:
-            save_checkpoint(self.out / "checkpoints", model, moments, state, extra, self.recipe.decay_start)
-        self.engine.wait()
+        self.checkpoints.save(trainer.tensors(), state, extra, trainer.model.config)
 
     def _landed(self, size: int) -> None:
         """Saves the rung of a ladder when the Pruner has landed on it, in the middle of a step."""
@@ -201,7 +213,7 @@ class Run:
             command=command_line(self.config),
             annealed=annealed,
         )
-        model, _ = self.engine.gather(self.trainer.model)
+        model = self.engine.gather(self.trainer.model)
         if self.engine.is_main:
             save_model(
                 model,
@@ -217,11 +229,17 @@ class Run:
         return f"efficientllm prune --resume --out {quote(self.config.out)}"
 
     def _last_good(self) -> str:
+        with suppress(OSError):
+            self.checkpoints.finish()
         checkpoint = last_checkpoint(self.out / "checkpoints")
         step = checkpoint.step if checkpoint else 0
         return (
             f"the last good checkpoint is at step {step}; go on from there with a lower --lr: {self._resume_command()}"
         )
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 def command_line(config: RunConfig) -> str:

@@ -2,22 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_wsd_schedule
 
 from efficientllm.errors import TrainingError
-from efficientllm.pruning import Pruner
+from efficientllm.pruning import Pruner, Removal
 from efficientllm.space import Limits
+from efficientllm.space.dims import Shape
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
-from efficientllm.training.device import autocast_for
-from efficientllm.training.engine import Engine
+from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
+from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
 from efficientllm.training.watching import Watch
 
@@ -26,16 +26,22 @@ if TYPE_CHECKING:
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 CLIP = 1.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST_SKIPPED = 5  # steps in a row without a finite loss
 
 
 class Trainer:
     """A model, its optimizer and Pruner, and how far they have come.
 
+    A step's loss and gradient norm stay on the device until `settle` asks for them: steps in which nothing is removed
+    never wait for it.
+
     Attributes:
         step: steps done, those skipped for a loss that is not finite included.
-        skipped: how many were.
-        feed: this rank's part of the batches, token ids (rows, seq_len), set by the caller to begin at `step`.
+        skipped: how many were, up to the last `settle`.
+        feed: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to begin at
+            `step`.
+        micro_batch_size: rows of a forward pass; halved when memory runs out.
     """
 
     def __init__(
@@ -48,11 +54,13 @@ class Trainer:
         on_landing: Callable[[int], None],
     ) -> None:
         self.config, self.recipe, self.engine = config, recipe, engine
+        self.micro_batch_size = config.micro_batch_size or 1
         model.train()
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        chunked_loss_(model, engine.compiled(loss_and_slopes_))
         model = engine.wrap(owned_(model))
-        self.optimizer = make_optimizer(model, recipe, fused=engine.device.type == "cuda")
+        self.optimizer = make_optimizer(model, recipe)
         self._lr_factor = get_wsd_schedule(
             self.optimizer,
             num_warmup_steps=recipe.warmup_steps,
@@ -78,12 +86,13 @@ class Trainer:
             layout=engine,
         )
         self.watch = Watch(limits, self.pruner.source_params - config.target_params)
-        self.autocast = autocast_for(engine.device)
-        self.feed: Iterator[NDArray[Any]] = iter(())
+        self.feed: Iterator[Tensor] = iter(())
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._removed_last = False
+        self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape]] = []
+        self._settled = time.perf_counter()
 
     @property
     def model(self) -> Any:
@@ -99,13 +108,8 @@ class Trainer:
         """Whether the run is over: all tokens seen, and the target reached."""
         return self.step >= self.recipe.total_steps and self.pruner.done
 
-    def train_step(self) -> dict[str, Any]:
-        """Does one optimizer step, with the removals that are due, and returns its row of metrics.
-
-        Raises:
-            TrainingError: after five steps in a row without a finite loss.
-        """
-        started = time.perf_counter()
+    def train_step(self) -> None:
+        """Does one optimizer step, with the removals that are due."""
         step, phase = self.step + 1, self.phase
         lr = self.recipe.lr * self._lr_factor(min(step, self.recipe.total_steps))
         for group in self.optimizer.param_groups:
@@ -113,37 +117,58 @@ class Trainer:
         loss, fishers = self._backward(step)
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
         norm = self.engine.whole(get_total_norm(gradients))
-        grad_norm = float(norm)
         before = len(self.pruner.removals)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            self.pruner.fishers = fishers
-            self.pruner.score()  # before clipping: the Fisher form is not indifferent to it
-            clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
-            self.optimizer.step()
-            self._skipped_in_a_row = 0
-        else:
-            self.pruner.step += 1  # the pace goes on
-            self.skipped += 1
-            self._skipped_in_a_row += 1
+        self.pruner.fishers = fishers
+        self.pruner.score()  # before clipping: the Fisher form is not indifferent to it
+        clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
+        # the fused AdamW leaves everything as it is where this is 1; the pace and the data go on
+        self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
+        row = {**self.row(phase), "lr": lr}
         removals = self.pruner.removals[before:]
-        warnings = self.watch.look(loss, grad_norm, self._removed_last) if finite else []
-        warnings += self.watch.look_at(removals, self.pruner.shape)
+        self._pending.append((row, torch.stack([loss, norm.to(loss.dtype)]), removals, self.pruner.shape))
+
+    def settle(self) -> list[dict[str, Any]]:
+        """Returns the rows of metrics of the steps since the last call; waits for the device.
+
+        Raises:
+            TrainingError: after five steps in a row without a finite loss.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        numbers = torch.stack([figures for _, figures, _, _ in pending]).tolist()
+        now = time.perf_counter()
+        speed = round(len(pending) * self.config.batch_tokens / (now - self._settled), 1)
+        self._settled = now
+        return [
+            self._settle_row({**row, "tokens_per_second": speed}, loss, norm, removals, shape)
+            for (row, _, removals, shape), (loss, norm) in zip(pending, numbers, strict=True)
+        ]
+
+    def _settle_row(
+        self, row: dict[str, Any], loss: float, norm: float, removals: Sequence[Removal], shape: Shape
+    ) -> dict[str, Any]:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        warnings = self.watch.look(loss, norm, self._removed_last) if finite else []
+        warnings += self.watch.look_at(removals, shape)
         self._removed_last = bool(removals)
         if self._skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
-                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {step})"
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']})"
             )
-        row = {
-            **self.row(phase),
-            "loss": loss if math.isfinite(loss) else None,
-            "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "tokens_per_second": round(self.config.batch_tokens / (time.perf_counter() - started), 1),
-        }
+        row["loss"] = loss if math.isfinite(loss) else None
+        row["grad_norm"] = norm if math.isfinite(norm) else None
+        row["skipped"] = self.skipped
         return {**row, "warnings": warnings} if warnings else row
+
+    def begin_timing(self) -> None:
+        """Leaves what has been done since the last `settle` out of the next speed: validation, a checkpoint."""
+        self._settled = time.perf_counter()
 
     @property
     def phase(self) -> str:
@@ -168,28 +193,51 @@ class Trainer:
             "tokens_per_second": None,
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns weights and moments, each rank's own part, by "model.norm.weight" and "exp_avg:model.norm.weight"."""
+        params = dict(self.model.named_parameters())
+        moments = {
+            f"{field}:{name}": self.optimizer.state[param][field]
+            for name, param in params.items()
+            for field in MOMENTS
+            if param in self.optimizer.state
+        }
+        return {**params, **moments}
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns all that a resumed run needs beside weights and optimizer: JSON values, and tensors."""
+        """Returns all else that a resumed run needs, after `settle`: JSON values, and tensors that every rank has."""
         pruner = self.pruner.state_dict()
         extra = {f"average.{kind}": scores for kind, scores in pruner.pop("average").items()}
+        extra |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
         extra["random.cpu"] = torch.get_rng_state()
         if self.engine.device.type == "cuda":
             extra["random.cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        counters = [state["step"] for state in self.optimizer.state.values()]
         state = {
             "step": self.step,
+            "optimizer_step": float(counters[0]) if counters else None,  # the same of every parameter
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "removed_last": self._removed_last,
-            "threads": torch.get_num_threads(),
+            "micro_batch_size": self.micro_batch_size,
             "pruner": pruner,
             "watch": self.watch.state_dict(),
         }
         return state, extra
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint whose model this Trainer was built with."""
+        """Continues from a checkpoint whose config this Trainer's model was built from."""
         state, extra = checkpoint.state, checkpoint.extra()
-        self.engine.scatter_moments_(checkpoint.moments(), self.optimizer, self.model)
+        if state["optimizer_step"] is not None:
+            for param in self.model.parameters():
+                counter = torch.tensor(state["optimizer_step"], dtype=torch.float32, device=param.device)
+                self.optimizer.state[param] = {
+                    "step": counter,
+                    **{field: torch.zeros_like(param, requires_grad=False) for field in MOMENTS},
+                }
+        checkpoint.load_(self.tensors())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(extra[f"buffer.{name}"])
         average = {
             name.removeprefix("average."): tensor.to(self.engine.device)
             for name, tensor in extra.items()
@@ -199,30 +247,30 @@ class Trainer:
         self.watch.load_state_dict(state["watch"])
         self.step, self.skipped = state["step"], state["skipped"]
         self._skipped_in_a_row, self._removed_last = state["skipped_in_a_row"], state["removed_last"]
-        torch.set_num_threads(state["threads"])  # another number of threads adds up in another order
+        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
         torch.set_rng_state(extra["random.cpu"])
         if "random.cuda" in extra and self.engine.device.type == "cuda":
             torch.cuda.set_rng_state(extra["random.cuda"], self.engine.device)
 
-    def _backward(self, step: int) -> tuple[float, dict[str, Tensor] | None]:
+    def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due."""
         engine = self.engine
-        batch = torch.from_numpy(next(self.feed)).to(engine.device)
+        batch = next(self.feed)
         # a run may go on with another number of ranks, whose rows the micro-batch size must divide too
-        micro_batches = torch.split(batch, math.gcd(self.config.micro_batch_size or len(batch), len(batch)))
+        micro_batches = torch.split(batch, math.gcd(self.micro_batch_size, len(batch)))
         scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None
         total = torch.zeros((), device=engine.device)
         for number, rows in enumerate(micro_batches, start=1):
             whole = number == len(micro_batches) or fisher is not None  # a square needs the gradient of all ranks
             with engine.accumulate(self.model, last=whole):
-                with self.autocast():
+                with engine.autocast():
                     loss = engine.forward(self.model)(input_ids=rows, labels=rows, use_cache=False).loss
                 (loss / len(micro_batches)).backward()
             total += loss.detach()
             if fisher:
                 fisher.add()
-        return float(engine.mean(total)) / len(micro_batches), fisher.finish() if fisher else None
+        return engine.mean(total) / len(micro_batches), fisher.finish() if fisher else None
 
 
 class Fisher:
@@ -253,20 +301,21 @@ class Fisher:
         return self.squares
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.AdamW:
-    """Returns AdamW with weight decay on matrices alone."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Returns the fused AdamW with weight decay on matrices alone."""
     params = list(model.parameters())
     groups = [
         {"params": [param for param in params if param.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=BETAS, eps=EPS, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=BETAS, eps=EPS, fused=True)
 
 
 def owned_(model: "PreTrainedModel") -> "PreTrainedModel":
     """Moves weights out of the mapped file that they were read from: its alignment would change how sums round."""
     with torch.no_grad():
         for param in model.parameters():
-            param.data = param.data.clone()
+            if not param.is_meta:
+                param.data = param.data.clone()
     return model

@@ -1,0 +1,131 @@
+"""The next-token loss in chunks: the logits of a large vocabulary never stand whole in memory.
+
+A chunk's logits become its part of the loss and, at once, of the gradients, and are gone; so nothing is computed twice,
+as it would be with checkpointing. torch's own linear_cross_entropy (2.13) does the same in float32 alone, without
+soft-capped logits.
+
+h  (tokens, hidden)  what the head reads      W  (vocab, hidden)  the head      targets  (tokens,)
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CHUNK = 2**25  # logits at once: 128 MiB in float32
+
+Slopes = Callable[[Tensor, Tensor, float | None], Tensor]
+
+
+def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
+    """Makes a decoder's forward pass with `labels` return the loss alone, computed in chunks.
+
+    The labels are the input's own tokens, every one but the first of a row a target. Without `labels` nothing changes.
+
+    Args:
+        slopes: what turns a chunk's logits into losses and slopes (default: `loss_and_slopes_`; or it, compiled).
+    """
+    stock = type(model).forward
+    turn = slopes or loss_and_slopes_
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor | None = None, **more: Any) -> Any:
+        if labels is None:
+            return stock(self, input_ids=input_ids, **more)
+        h = self.model(input_ids=input_ids, **more).last_hidden_state
+        config = self.config
+        loss = next_token_loss(
+            h[:, :-1].flatten(0, 1),
+            self.lm_head.weight,
+            labels[:, 1:].flatten(),
+            scale=1 / getattr(config, "logits_scaling", 1.0),  # Granite
+            cap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+            slopes=turn,
+        )
+        return CausalLMOutputWithPast(loss=loss)
+
+    # a bound method, not a closure over the model: a deep copy then calls itself
+    model.__dict__["forward"] = MethodType(forward, model)
+
+
+def next_token_loss(
+    h: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
+    chunk: int = CHUNK,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of cap·tanh(scale·h Wᵀ / cap) (without `cap`, of scale·h Wᵀ).
+
+    Equals `cross_entropy(scale * h @ W.T, targets)` in float32 or above. Under autocast the products run in its dtype.
+    """
+    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        h, W, targets, scale, cap, chunk, slopes or loss_and_slopes_
+    )
+    return loss
+
+
+def loss_and_slopes_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """Returns the summed cross-entropy of logits (n, vocab) and overwrites them with its slope by each of them."""
+    bend = None
+    if cap is not None:
+        bend = torch.tanh(logits.div_(cap))
+        logits.copy_(bend).mul_(cap)
+    column = targets[:, None]
+    highest = logits.amax(1, keepdim=True)
+    losses = highest - logits.gather(1, column)
+    logits.sub_(highest).exp_()
+    total = logits.sum(1, keepdim=True)
+    losses += total.log()
+    logits.div_(total).scatter_add_(1, column, torch.full_like(losses, -1))
+    if bend is not None:
+        logits.mul_(bend.square_().neg_().add_(1))
+    return losses.sum()
+
+
+class _ChunkedLoss(Function):
+    """Both gradients are ready when the forward pass is over; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, W: Tensor, targets: Tensor, scale: float, cap: float | None, chunk: int, slopes: Slopes
+    ) -> Tensor:
+        device, precise = h.device.type, torch.promote_types(h.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        with torch.autocast(device, enabled=False):
+            inputs, head = h.to(dtype), W.to(dtype)
+            needs_h, needs_W = ctx.needs_input_grad[:2]
+            grad_h = torch.empty_like(inputs) if needs_h else None
+            grad_W = torch.zeros_like(W, dtype=precise) if needs_W else None
+            loss = torch.zeros((), dtype=precise, device=h.device)
+            rows = max(1, chunk // W.shape[0])
+            for start in range(0, len(h), rows):
+                part = inputs[start : start + rows]
+                logits = (part @ head.T).to(precise)
+                if scale != 1:
+                    logits *= scale
+                loss += slopes(logits, targets[start : start + rows], cap)
+                slope = logits.mul_(scale / len(h)).to(dtype)
+                if grad_h is not None:
+                    torch.mm(slope, head, out=grad_h[start : start + rows])
+                if grad_W is not None and dtype == precise:
+                    grad_W.addmm_(slope.T, part)
+                elif grad_W is not None:
+                    grad_W += slope.T @ part
+        ctx.grads = grad_h, grad_W
+        ctx.dtypes = h.dtype, W.dtype
+        return loss / len(h)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        grads, ctx.grads = ctx.grads, (None, None)
+        grad_h, grad_W = (
+            None if grad is None else grad.mul_(slope).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return grad_h, grad_W, None, None, None, None, None

@@ -1,0 +1,126 @@
+"""The engine of one process; those of several (engine.py) override what more than one needs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from efficientllm.pruning.layout import Layout
+from efficientllm.pruning.removal import compact_
+from efficientllm.pruning.saliency import Retired
+from efficientllm.space.dims import Space
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WAITING_UNITS = 64  # retired channels for one compaction, where another shape is dear: on a GPU, compiled, or sharded
+
+Precision = Literal["float32", "bf16"]
+
+
+class Engine(Layout):
+    """One process. The others override what more than one needs.
+
+    Attributes:
+        device: where this rank computes.
+        precision: of the products; weights, moments and the sums of gradients are float32 in either.
+        compaction_tile: retired units that wait for one compaction; None for the multiples that the result has.
+        compilations: graphs compiled so far.
+        shards: ranks that share one copy.
+    """
+
+    name = "one"
+    shards = 1
+    compaction_tile: int | None = None
+
+    def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:
+        self.device, self.precision, self.compiles = device, precision, compiles
+        self.compilations = 0
+        if device.type != "cpu" or compiles:
+            self.compaction_tile = WAITING_UNITS
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and speaks."""
+        return self.rank == 0
+
+    def wrap(self, model: "PreTrainedModel") -> Any:
+        """Returns the model to train, in float32 on its device; of a model on the meta device the shapes alone."""
+        self._place(model)
+        self._compile(model)
+        return model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns what a forward pass runs under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        """Returns what to call for a forward pass that will be differentiated."""
+        return model
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Returns what a micro-batch runs under: gradients are summed over ranks in the last one alone."""
+        return nullcontext()
+
+    def compact(self, model: nn.Module, optimizer: Optimizer, space: Space, units: Retired) -> nn.Module:
+        compact_(model, optimizer, space, units)
+        self.forget_graphs()
+        return model
+
+    def mean(self, number: Tensor) -> Tensor:
+        """Returns the mean over ranks."""
+        return number
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Returns the largest that any rank gives, of each number."""
+        return list(numbers)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor that may be sharded, or summed only in part, as one that stands here."""
+        return tensor
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+
+    def gather(self, model: nn.Module) -> Any:
+        """Returns the model whole; it holds only on the main rank."""
+        return model
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function as it is called in training: with --compile one graph for every shape."""
+        if not self.compiles:
+            return function
+        return torch.compile(function, dynamic=False, backend=self._count_and_compile)
+
+    def forget_graphs(self) -> None:
+        """Drops compiled graphs: those of shapes that are gone would use up the limit that torch sets."""
+        if self.compiles:
+            torch.compiler.reset()
+
+    def close(self) -> None:
+        """Leaves the group of ranks."""
+
+    def _place(self, model: Any) -> None:
+        if any(param.is_meta for param in model.parameters()):
+            model.to_empty(device=self.device)
+            model.tie_weights()  # a move has untied them
+        model.to(self.device, training_dtype(model))
+
+    def _compile(self, model: Any) -> None:
+        """Compiles the layers' forward functions, one graph for all of a shape; hooks stay outside."""
+        for layer in model.model.layers if self.compiles else ():
+            layer.forward = self.compiled(layer.forward)
+
+    def _count_and_compile(self, graph: Any, inputs: list[Tensor]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compilations += 1
+        return compile_fx(graph, inputs)
+
+
+def training_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype of weights and moments: float32, or a model's own where that is wider."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
