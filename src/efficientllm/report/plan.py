@@ -12,8 +12,8 @@ from efficientllm.space.dims import KINDS, Shape, Space
 from efficientllm.space.limits import Limits
 from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
-from efficientllm.training.device import find_device, memory_bytes
-from efficientllm.training.memory import estimate, fitting_micro_batch
+from efficientllm.training.device import default_precision, find_device, memory_bytes
+from efficientllm.training.memory import PRECISIONS, estimate, fitting_micro_batch
 from efficientllm.training.plan import Plan, make_plan, read_kinds
 from efficientllm.training.recipe import Recipe, make_recipe
 from efficientllm.training.source import open_space
@@ -133,17 +133,20 @@ def flops_lines(plan: Plan) -> list[str]:
 
 def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) -> list[str]:
     """Returns the peak memory of a run in one process on this machine, its parts, and the second-order update's."""
+    device = find_device()
+    precision = config.precision or default_precision(device)
     pass_: dict[str, Any] = {
         "seq_len": config.seq_len,
         "compensate": config.compensate,
         "fisher": config.saliency == "fisher",
         "activation_checkpointing": config.activation_checkpointing,
+        "activation_bytes": PRECISIONS[precision],
     }
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
-        space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(find_device()), **pass_
+        space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(device), **pass_
     )
     memory = estimate(space, limits.source, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows, **pass_)
-    rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, float32"
+    rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, {precision}"
     lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
     lines += [f"           {_bytes(size):>8} {name}" for name, size in memory.parts().items()]
     if config.compensate:
