@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from efficientllm.errors import ConfigError
 from efficientllm.pruning import LinearPace, Pruner, SlotPace
 from efficientllm.pruning.trajectory import as_logged, proportional, pruning_steps, simulate, spans
+from efficientllm.report.plan import print_plan
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.training.config import RunConfig
 from efficientllm.training.memory import divisors, estimate, fitting_micro_batch
-from efficientllm.training.plan import make_plan, print_plan, read_kinds
+from efficientllm.training.plan import make_plan, read_kinds
 from efficientllm.training.recipe import make_recipe
 
 BATCH_TOKENS = 2**20
@@ -227,7 +228,7 @@ def test_the_micro_batch_fits_and_divides() -> None:
 def test_the_orders_bound_the_assumed_one(pace: dict[str, float]) -> None:
     config = RunConfig(target_params=40_000, tokens=819_200, seq_len=64, batch_tokens=1024, **pace)  # type: ignore[arg-type]
     space, limits = limits_of(llama())
-    plan = make_plan(config, space, limits, make_recipe(config, space, limits), 4)
+    plan = make_plan(config, space, limits, make_recipe(config, space, limits))
     assert plan.lowest < plan.flops < plan.highest
     assert plan.flops < plan.masked < plan.unpruned
     assert plan.unpruned == plan.steps * 1024 * space.flops_per_token(space.shape, 64)

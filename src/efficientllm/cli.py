@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from efficientllm import __version__
 from efficientllm.errors import ConfigError, EfficientLLMError
 from efficientllm.numbers import SUFFIXES, parse_count
+from efficientllm.training.cards import read_cluster
 from efficientllm.training.config import (
     FIELDS,
     RunConfig,
@@ -37,6 +38,14 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
 }
+CLUSTER = (  # what `plan` asks beside the run itself
+    ("--gpus", "N", "number of GPUs (default: 1)"),
+    ("--gpu", "NAME", "which GPU, such as H100, A100-80GB or RTX-4090"),
+    ("--flops", "X", "FLOP/s of dense bf16 matrix products of a GPU, such as 989T"),
+    ("--bandwidth", "X", "bytes/s that a GPU sends to the next one, such as 450G: half of what data sheets add up"),
+    ("--gpu-memory", "X", "bytes of memory of a GPU, such as 80G"),
+    ("--mfu", "X", "part of the FLOP/s that training reaches (default: 0.4, an assumption)"),
+)
 MESSAGES = {  # argparse's words to ours
     r"^argument (-\S+): expected one argument$": r"\1: a value is missing",
     r"^argument (-\S+): ignored explicit argument (.*)$": r"\1 takes no value, found \2",
@@ -129,12 +138,15 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "plan",
         _plan,
         "MODEL --target-params N [flags]",
-        "shows shapes, steps, FLOPs and memory of a run before it starts",
+        "shows shapes, steps, FLOPs, hours and memory of a run before it starts",
     )
     _add_model(plan)
     _add_groups(plan)  # all of them: `prune` in a command becomes `plan`, and it says what would happen
     _add_config(plan)
     plan.add_argument("--like", metavar="RUN", help="take the order of removals from this run's log")
+    cluster = plan.add_argument_group("on which GPUs (plan alone: hours, and memory of each)")
+    for flag, metavar, help in CLUSTER:
+        cluster.add_argument(flag, metavar=metavar, help=help)
 
     prepare = add(
         "prepare", _prepare, "DATA... --tokenizer MODEL --out DIR [flags]", "turns text into token shards on disk"
@@ -242,14 +254,15 @@ def _inspect(given: argparse.Namespace) -> int:
 
 def _plan(given: argparse.Namespace) -> int:
     config = _checked(given)
+    cluster = read_cluster(given.gpus, given.gpu, given.flops, given.bandwidth, given.gpu_memory, given.mfu)
     if given.print_config:
         return _print(config)
     for name, value in (("MODEL", config.model), ("--target-params", config.target_params)):
         if not value:
             raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
-    from efficientllm.training.plan import print_plan
+    from efficientllm.report.plan import print_plan
 
-    return print_plan(config, given.like)
+    return print_plan(config, given.like, cluster)
 
 
 def _prepare(given: argparse.Namespace) -> int:

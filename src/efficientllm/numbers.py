@@ -9,6 +9,7 @@ SUFFIXES = {
     "k": 10**3,
     "K": 10**3,
     "M": 10**6,
+    "G": 10**9,
     "B": 10**9,
     "T": 10**12,
     "Ki": 2**10,
@@ -18,7 +19,7 @@ SUFFIXES = {
 
 
 def parse_count(text: str | int, name: str = "number") -> int:
-    """Returns the whole number that `text` stands for: digits with an optional k, M, B, T or Ki, Mi, Gi.
+    """Returns the whole number that `text` stands for: digits with an optional k, M, B or G, T or Ki, Mi, Gi.
 
     Raises:
         ConfigError: if the text is no number, has another suffix, or is not whole.
@@ -31,7 +32,7 @@ def parse_count(text: str | int, name: str = "number") -> int:
         whole = int(value)
     except (InvalidOperation, KeyError, ValueError, OverflowError):
         raise ConfigError(
-            f"{name}: '{text}' is not a number; write digits with an optional k, M, B, T (decimal) or Ki, Mi, Gi"
+            f"{name}: '{text}' is not a number; write digits with an optional k, M, B or G, T (decimal) or Ki, Mi, Gi"
         ) from None
     if value != whole:
         raise ConfigError(f"{name}: '{text}' is not a whole number")

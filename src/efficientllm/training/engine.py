@@ -133,6 +133,7 @@ class FSDP(_Ranks):
             raise ConfigError(
                 f"--shards {shards} does not divide the {self.num_ranks} ranks; give a divisor of {self.num_ranks}"
             )
+        self.shards = shards
         self.mesh: DeviceMesh
         if shards == self.num_ranks:
             self.mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))

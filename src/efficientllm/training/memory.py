@@ -1,17 +1,22 @@
-"""Peak training memory, estimated from a shape, and the largest micro-batch that fits.
+"""Peak training memory of one process, estimated from a shape, and the largest micro-batch that fits.
 
     d  hidden size      a  query columns (heads · head size)      k  key columns      f  feed-forward width
 
 A layer saves for the backward pass, per token: 6d in float32 (two norms: what goes in, normed, and scaled), and in the
 activations' dtype 2a + 2k (query, key, value, attention's result) and 4f (gate, its activation, up, their product).
+
+Weights, gradients and moments are float32 always: 16 bytes a parameter, whole, or under FSDP a part on each rank.
 """
 
 from dataclasses import dataclass, fields
-from math import isqrt
+from math import ceil, isqrt
+from typing import Any
 
 from efficientllm.space.dims import Shape, Space
+from efficientllm.training.loss import CHUNK
 
 FLOAT32 = 4  # bytes
+PRECISIONS = {"float32": FLOAT32, "bf16": 2}  # bytes of a number in the products
 ROW_CAP = 8192  # rows that pruning/activations.py keeps of an input, or twice its in-channels
 CPU_TOKENS = 16_384  # tokens of a micro-batch from which a CPU gains no more speed
 MEMORY_SHARE = 0.8  # the rest is for the allocator, the libraries and the data feed
@@ -22,9 +27,12 @@ class Memory:
     """Bytes of a training run at one shape; what lives at once adds up to `peak`.
 
     Attributes:
+        buckets: where DDP sums gradients, while those of several micro-batches add up beside it.
         casts: the weights in the activations' dtype, which autocast keeps for a pass.
+        gathered: what FSDP holds whole for a pass: embedding, head, two layers, and gradients on their way.
         activations: what one micro-batch saves for the backward pass, without the logits.
-        logits: of one micro-batch: logits, their log-softmax and two gradients of them, over the whole vocabulary.
+        logits: of one chunk of the loss, which become their own gradient; and the gradients that all chunks add to, of
+            the hidden states and of the head.
         fisher: the squared micro-batch gradients.
         samples: layer inputs kept for the second-order update.
         solve: Hessian, its factor and the widest layer's weights while one layer is updated, when activations are gone.
@@ -33,12 +41,19 @@ class Memory:
     weights: int
     gradients: int
     moments: int
-    casts: int
     activations: int
     logits: int
+    buckets: int = 0
+    casts: int = 0
+    gathered: int = 0
     fisher: int = 0
     samples: int = 0
     solve: int = 0
+
+    @property
+    def states(self) -> int:
+        """Bytes of weights, gradients and moments."""
+        return self.weights + self.gradients + self.moments
 
     @property
     def second_order(self) -> int:
@@ -48,8 +63,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """Bytes at the worst moment: in a backward pass, or while the second-order update solves."""
-        lasting = self.weights + self.gradients + self.moments + self.fisher + self.samples
-        return lasting + max(self.casts + self.activations + self.logits, self.solve)
+        lasting = self.states + self.buckets + self.fisher + self.samples
+        return lasting + max(self.casts + self.gathered + self.activations + self.logits, self.solve)
 
     def parts(self) -> dict[str, int]:
         """Returns the parts that are not empty, by name."""
@@ -68,16 +83,21 @@ def estimate(
     compensate: bool = False,
     fisher: bool = False,
     activation_checkpointing: bool = False,
+    engine: str = "one",
+    shards: int = 1,
 ) -> Memory:
-    """Returns the memory of training a model of `space` at `shape` with AdamW.
+    """Returns the memory of training a model of `space` at `shape` with AdamW, on one rank.
 
     Weights, gradients and moments are exact; activations are those of a gated decoder layer, within a tenth or so.
 
     Args:
         micro_batch_size: rows of a forward pass, each of `seq_len` tokens.
-        batch_rows: rows of an optimizer step, which the second-order update samples from (default: one micro-batch).
-        weight_bytes, activation_bytes: bytes of a number; autocast to bfloat16 is (4, 2).
+        batch_rows: this rank's rows of an optimizer step, which the second-order update samples from (default: one
+            micro-batch).
+        weight_bytes, activation_bytes: bytes of a number; bf16 over float32 weights is (4, 2).
         fisher: whether squared micro-batch gradients are gathered.
+        engine: one, ddp or fsdp.
+        shards: ranks that share one copy under fsdp.
     """
     params = space.num_params(shape)
     tokens = micro_batch_size * seq_len
@@ -92,10 +112,10 @@ def estimate(
     saved = layer * space.num_layers
     if activation_checkpointing:
         saved = FLOAT32 * hidden * space.num_layers + layer  # what enters each layer, and one layer computed again
+    rows = batch_rows or micro_batch_size
     samples = solve = 0
     if compensate:
-        rows = (batch_rows or micro_batch_size) * seq_len
-        sampled = {kind: min(rows, row_cap(width)) * width for kind, width in inputs.items()}
+        sampled = {kind: min(rows * seq_len, row_cap(width)) * width for kind, width in inputs.items()}
         # attention and feed-forward each read the stem through a norm of their own
         samples = activation_bytes * space.num_layers * (2 * sampled["hidden"] + sampled["query"] + sampled["ffn"])
         solve = FLOAT32 * max(
@@ -104,17 +124,46 @@ def estimate(
             + 3 * width * (max(shape["ffn"], inputs["query"]) if kind == "hidden" else hidden)
             for kind, width in inputs.items()
         )
+    sharded = engine == "fsdp"
+    held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
+    accumulates = rows > micro_batch_size
+    # FSDP adds up the gradients of several micro-batches whole, and shards only their sum
+    gradients = weight_bytes * params if sharded and accumulates else held
     return Memory(
-        weights=weight_bytes * params,
-        gradients=weight_bytes * params,
-        moments=2 * weight_bytes * params,
-        casts=activation_bytes * params if mixed else 0,
+        weights=held,
+        gradients=gradients,
+        moments=2 * held,
         activations=tokens * (saved + FLOAT32 * 3 * hidden),  # the last norm as any other
-        logits=tokens * space.vocab_size * (activation_bytes + 3 * FLOAT32),
-        fisher=FLOAT32 * params if fisher else 0,
+        logits=min(tokens, max(1, CHUNK // space.vocab_size)) * space.vocab_size * (FLOAT32 + activation_bytes * mixed)
+        + FLOAT32 * hidden * (tokens + space.vocab_size),
+        buckets=weight_bytes * params if engine == "ddp" and accumulates else 0,
+        casts=activation_bytes * params if mixed and not sharded else 0,
+        gathered=gathered_bytes(space, shape, activation_bytes) if sharded else 0,
+        fisher=(held if sharded else FLOAT32 * params) if fisher else 0,
         samples=samples,
         solve=solve,
     )
+
+
+def gathered_bytes(space: Space, shape: Shape, compute_bytes: int) -> int:
+    """Returns the bytes that FSDP holds whole in a backward pass beside its shards.
+
+    The root group and its gradient stand to the end of the pass; a layer is computed while the next one is gathered
+    and the gradient of the one before is summed over the ranks in float32.
+    """
+    root, layer = fsdp_groups(space, shape)
+    return compute_bytes * (2 * root + 3 * layer) + FLOAT32 * layer
+
+
+def fsdp_groups(space: Space, shape: Shape) -> tuple[int, int]:
+    """Returns the parameters that FSDP gathers at once: of the root (embedding, last norm, head), and of one layer."""
+    root = space.vocab_size * shape["hidden"] * (1 if space.tied else 2) + shape["hidden"]
+    return root, (space.num_params(shape) - root) // space.num_layers
+
+
+def default_engine(params: int, memory_bytes: float) -> str:
+    """Returns how ranks share a model: FSDP where weights, gradients and moments fill more than half of the memory."""
+    return "fsdp" if 2 * 4 * FLOAT32 * params > memory_bytes else "ddp"
 
 
 def in_channels(space: Space, shape: Shape) -> dict[str, int]:
@@ -137,34 +186,20 @@ def fitting_micro_batch(
     *,
     rows: int,
     seq_len: int,
-    memory_bytes: int,
+    memory_bytes: float,
     most_tokens: int | None = CPU_TOKENS,
     share: float = MEMORY_SHARE,
-    weight_bytes: int = FLOAT32,
-    activation_bytes: int = FLOAT32,
-    compensate: bool = False,
-    fisher: bool = False,
-    activation_checkpointing: bool = False,
+    **more: Any,
 ) -> int:
     """Returns the rows of a forward pass: the largest divisor of `rows` whose peak fits in `share` of the memory.
 
-    At least 1, whether that fits or not; `most_tokens` bounds the tokens of a pass (None: memory alone does).
+    At least 1, whether that fits or not; `most_tokens` bounds the tokens of a pass (None: memory alone does); `more` as
+    in `estimate`.
     """
     for size in sorted(divisors(rows), reverse=True):
         if most_tokens is not None and size * seq_len > most_tokens:
             continue
-        memory = estimate(
-            space,
-            shape,
-            micro_batch_size=size,
-            seq_len=seq_len,
-            batch_rows=rows,
-            weight_bytes=weight_bytes,
-            activation_bytes=activation_bytes,
-            compensate=compensate,
-            fisher=fisher,
-            activation_checkpointing=activation_checkpointing,
-        )
+        memory = estimate(space, shape, micro_batch_size=size, seq_len=seq_len, batch_rows=rows, **more)
         if memory.peak <= share * memory_bytes:
             return size
     return 1

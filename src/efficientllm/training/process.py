@@ -29,9 +29,11 @@ class Engine(Layout):
         precision: of the products; weights, moments and the sums of gradients are float32 in either.
         compaction_tile: retired units that wait for one compaction; None for the multiples that the result has.
         compilations: graphs compiled so far.
+        shards: ranks that share one copy.
     """
 
     name = "one"
+    shards = 1
     compaction_tile: int | None = None
 
     def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:

@@ -101,6 +101,21 @@ def make_recipe(config: RunConfig, space: Space, limits: Limits) -> Recipe:
     )
 
 
+def rank_rows(config: RunConfig, num_ranks: int) -> int:
+    """Returns the rows of an optimizer step that each rank gets.
+
+    Raises:
+        ConfigError: if the ranks cannot share the rows evenly.
+    """
+    rows = config.batch_tokens // config.seq_len
+    if rows % num_ranks:
+        raise ConfigError(
+            f"--batch-tokens {config.batch_tokens} makes {rows} rows of {config.seq_len}, which {num_ranks} ranks "
+            f"cannot share evenly; give a multiple of {config.seq_len * num_ranks}"
+        )
+    return rows // num_ranks
+
+
 def warm_up(prune_steps: int) -> int:
     """Returns the steps before the first removal: 7% of the pruning phase, 500 at most."""
     return min(WARMUP_STEPS, int(WARMUP_SHARE * prune_steps))

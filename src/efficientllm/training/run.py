@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from efficientllm.delivery.load import empty_model, load_config, load_model
-from efficientllm.errors import CheckpointError, ConfigError
+from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
@@ -19,10 +19,10 @@ from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import CPU_TOKENS, FLOAT32, fitting_micro_batch
+from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
-from efficientllm.training.recipe import Recipe, make_recipe
+from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
 from efficientllm.training.session import Run, shape_text
 from efficientllm.training.source import Source, open_source
 
@@ -94,13 +94,10 @@ def _resume(config: RunConfig, out: Path) -> int:
 
 
 def _engine(config: RunConfig, source: Source) -> tuple[Engine, RunConfig]:
-    """Returns what this process trains with, and the config with what it decided.
-
-    Without `--engine` it is FSDP among ranks if weights, gradients and moments fill half the memory, else DDP.
-    """
+    """Returns what this process trains with, and the config with what it decided."""
     device = find_device()
     params = source.space.num_params(source.limits.source)
-    name = config.engine or ("fsdp" if config.shards or 2 * 4 * FLOAT32 * params > memory_bytes(device) else "ddp")
+    name = config.engine or ("fsdp" if config.shards else default_engine(params, memory_bytes(device)))
     precision = config.precision or default_precision(device, params)
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
@@ -111,22 +108,20 @@ def _engine(config: RunConfig, source: Source) -> tuple[Engine, RunConfig]:
 def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe, RunConfig]:
     """Returns the recipe and the config with everything filled in that decides the result."""
     recipe = make_recipe(config, source.space, source.limits)
-    if recipe.batch_rows % engine.num_ranks:
-        raise ConfigError(
-            f"--batch-tokens {config.batch_tokens} makes {recipe.batch_rows} rows of {config.seq_len}, which "
-            f"{engine.num_ranks} ranks cannot share evenly; give a multiple of {config.seq_len * engine.num_ranks}"
-        )
+    rows = rank_rows(config, engine.num_ranks)
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         source.space,
         source.limits.source,
-        rows=recipe.batch_rows // engine.num_ranks,
+        rows=rows,
         seq_len=config.seq_len,
         memory_bytes=memory_bytes(engine.device),
         most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
-        activation_bytes=2 if engine.precision == "bf16" else FLOAT32,
         compensate=config.compensate,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
+        activation_bytes=PRECISIONS[engine.precision],
+        engine=engine.name,
+        shards=engine.shards,
     )
     return recipe, replace(config, lr=recipe.lr, micro_batch_size=micro_batch_size)
 

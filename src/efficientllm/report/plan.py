@@ -1,0 +1,173 @@
+"""`efficientllm plan`: what a run will do and need, from the source's config.json alone."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from efficientllm.numbers import format_count
+from efficientllm.pruning.schedule import LinearPace
+from efficientllm.pruning.trajectory import Planned
+from efficientllm.report.cluster import cluster_parts
+from efficientllm.space.dims import KINDS, Shape, Space
+from efficientllm.space.limits import Limits
+from efficientllm.training.cards import Cluster
+from efficientllm.training.config import RunConfig
+from efficientllm.training.device import default_precision, find_device, memory_bytes
+from efficientllm.training.memory import PRECISIONS, estimate, fitting_micro_batch
+from efficientllm.training.plan import Plan, make_plan, read_kinds
+from efficientllm.training.recipe import Recipe, make_recipe
+from efficientllm.training.source import open_space
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 8  # shapes shown from the source to the end
+
+
+def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | None = None) -> int:
+    """Prints the plan of a run; returns the exit code.
+
+    Args:
+        like: run folder whose order of removals is taken.
+        cluster: GPUs that the run would have; without them the memory is that of a run on this machine.
+
+    Raises:
+        UnsupportedModelError, BudgetError, ConfigError: as `open_space`, `make_recipe`, `read_kinds`, `make_plan` and
+            `make_setup`.
+    """
+    from rich.console import Console
+
+    _, space, limits = open_space(config)
+    recipe = make_recipe(config, space, limits)
+    kinds = read_kinds(like) if like is not None else None
+    plan = make_plan(config, space, limits, recipe, kinds)
+    order = "assumed, all kinds in proportion" if like is None else f"as in {like}, then in proportion"
+    parts = [
+        f"{config.model}: {_sizes(limits.source, space)}",
+        f"ends as: {_sizes(plan.end, space)}",
+        "",
+        f"Shapes on the way (order of removals: {order})",
+        shape_table(plan, space, config),
+        *schedule_lines(plan, config, recipe),
+        "",
+        *flops_lines(plan),
+        "",
+        *(cluster_parts(plan, config, cluster, space) if cluster else here_lines(config, space, limits, recipe)),
+        *(f"note: {remark}" for remark in recipe.remarks),
+    ]
+    console = Console(highlight=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, markup=False, soft_wrap=True)
+        else:
+            console.print(part)
+    return 0
+
+
+def shape_table(plan: Plan, space: Space, config: RunConfig) -> "Table":
+    """Returns the shapes on the way: source, end, every `--save-at`, and some between in even steps of parameters."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("step", "tokens", "hidden", "ffn", "heads", "kv heads", "params", ""):
+        table.add_column(name, justify="right")
+    picked = sorted({*milestones(plan.planned, space.num_params(plan.source)), *plan.landed})
+    points = [Planned(0, "", plan.source, space.num_params(plan.source)), *(plan.planned[index] for index in picked)]
+    marks = ["", *("saved" if index in plan.landed else "" for index in picked)]
+    for point, mark in zip(points, marks, strict=True):
+        shape = point.shape
+        table.add_row(
+            f"{point.step:,}",
+            format_count(point.step * config.batch_tokens),
+            f"{shape['hidden']:,}",
+            f"{shape['ffn']:,}",
+            f"{shape['kv'] * shape['query']}",
+            f"{shape['kv']}",
+            f"{point.params:,}",
+            mark,
+        )
+    return table
+
+
+def milestones(planned: Sequence[Planned], source: int) -> list[int]:
+    """Returns the indices of up to ROWS - 1 removals, the last one's and some before it, even in parameters."""
+    if not planned:
+        return []
+    end = planned[-1].params
+    wanted = [source - (source - end) * row / (ROWS - 1) for row in range(1, ROWS)]
+    return sorted({next(i for i, removal in enumerate(planned) if removal.params <= size) for size in wanted})
+
+
+def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
+    """Returns the removals, steps and tokens of the two phases, and the learning rate."""
+    counts = Counter(removal.kind for removal in plan.planned)
+    kinds = ", ".join(f"{kind} {counts[kind]:,}" for kind in KINDS if counts[kind])
+    after = plan.steps - plan.prune_steps
+    pace = recipe.pace
+    if isinstance(pace, LinearPace):
+        how = "parameters fall in a line"
+    else:
+        how = f"{pace.slot_steps:g} steps a {'removal' if pace.equal else 'slot'}"
+    return [
+        f"removals   {len(plan.planned):,}" + (f" ({kinds})" if kinds else ""),
+        f"pruning    {_phase(plan.prune_steps, config)}; {how}, after {recipe.warmup_steps:,} of warm-up",
+        f"after it   {_phase(after, config)}",
+        f"in all     {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
+        f"peak lr    {recipe.lr:g} ({recipe.lr_reason})",
+    ]
+
+
+def flops_lines(plan: Plan) -> list[str]:
+    """Returns the FLOPs of the run beside those of the two ways without it."""
+
+    def beside(flops: float) -> str:
+        return f"{flops:.3g} ({flops / plan.flops:.2f} times)" if plan.flops else f"{flops:.3g}"
+
+    return [
+        f"FLOPs      {plan.flops:.3g}; {plan.lowest:.3g} to {plan.highest:.3g} over the orders of kinds",
+        f"           {beside(plan.masked)} if the pruning phase only masked",
+        f"           {beside(plan.unpruned)} without pruning",
+    ]
+
+
+def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) -> list[str]:
+    """Returns the peak memory of a run in one process on this machine, its parts, and the second-order update's."""
+    device = find_device()
+    precision = config.precision or default_precision(device, space.num_params(limits.source))
+    pass_: dict[str, Any] = {
+        "seq_len": config.seq_len,
+        "compensate": config.compensate,
+        "fisher": config.saliency == "fisher",
+        "activation_checkpointing": config.activation_checkpointing,
+        "activation_bytes": PRECISIONS[precision],
+    }
+    micro_batch_size = config.micro_batch_size or fitting_micro_batch(
+        space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(device), **pass_
+    )
+    memory = estimate(space, limits.source, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows, **pass_)
+    rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, {precision}"
+    lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
+    lines += [f"           {_bytes(size):>8} {name}" for name, size in memory.parts().items()]
+    if config.compensate:
+        lines.append(
+            f"second-order update: {_bytes(memory.second_order)}: samples, and the solve of one layer at a time "
+            "when activations are gone"
+        )
+    return lines
+
+
+def _sizes(shape: Shape, space: Space) -> str:
+    heads = shape["kv"] * shape["query"]
+    return (
+        f"{space.num_params(shape):,} parameters; hidden {shape['hidden']:,}, ffn {shape['ffn']:,}, "
+        f"{heads} heads, {shape['kv']} kv heads"
+    )
+
+
+def _phase(steps: int, config: RunConfig) -> str:
+    return f"{steps:,} steps, {format_count(steps * config.batch_tokens)} tokens"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,241 @@
+"""Costs of a run on a cluster: time, traffic and memory by estimate, and the changes with which it would fit.
+
+    P  parameters      n  GPUs      s  shards of one copy (fsdp)      m  micro-batches of a step on one GPU
+    c  bytes of a number in the products (2 in bf16)      R, L  parameters of FSDP's root group, of its layers
+
+Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n of a tensor to gather or reduce it):
+
+    ddp     2 (n-1)/n · 4P                               gradients, float32, once a step
+    fsdp    (s-1)/s · (m·c·(R + 2L) + 4P)                weights of every micro-batch, forward and backward; gradients
+            + 2 (n/s-1)/(n/s) · 4P/s                     gradients among the n/s copies (hybrid sharding)
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import Any
+
+from efficientllm.errors import ConfigError
+from efficientllm.space.dims import Shape, Space
+from efficientllm.training.cards import MACHINE, Cluster
+from efficientllm.training.config import RunConfig
+from efficientllm.training.memory import (
+    FLOAT32,
+    MEMORY_SHARE,
+    PRECISIONS,
+    Memory,
+    default_engine,
+    divisors,
+    estimate,
+    fitting_micro_batch,
+    fsdp_groups,
+)
+from efficientllm.training.recipe import rank_rows
+
+RECOMPUTED = 4 / 3  # activation checkpointing computes the forward pass, a third of the FLOPs, once more
+MOST_GPUS, LEAST_SEQ_LEN = 1024, 256  # how far suggestions go
+NEAR = 4  # times as many GPUs are still worth naming where fewer would do with other flags
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How each GPU of a cluster trains.
+
+    Attributes:
+        shards: GPUs that share one copy.
+        rows, micro_batch_size: of an optimizer step, and of a pass, on one GPU.
+        memory: at the source's shape.
+        fits: whether the peak stays within 0.8 of the card's memory.
+    """
+
+    engine: str
+    precision: str
+    shards: int
+    rows: int
+    micro_batch_size: int
+    memory: Memory
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: seconds of compute, bytes that a GPU sends, and seconds of sending them."""
+
+    compute: float
+    sent: float
+    sending: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step, as if compute and communication overlapped fully."""
+        return max(self.compute, self.sending)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Flags to add or change, and how the run would stand with them."""
+
+    flags: tuple[str, ...]
+    setup: Setup
+
+
+def make_setup(
+    config: RunConfig,
+    cluster: Cluster,
+    space: Space,
+    shape: Shape,
+    *,
+    engine: str | None = None,
+    precision: str | None = None,
+) -> Setup:
+    """Returns how `prune` would train on the cluster; `engine` and `precision` override its choice.
+
+    Raises:
+        ConfigError: if the GPUs cannot share the rows of a batch, cannot be cut into replicas of `--shards`, or are not
+            known to compute in `--precision`.
+    """
+    num_gpus, card = cluster.num_gpus, cluster.card
+    if precision is None:
+        precision = config.precision or card.precisions[-1]
+        if math.isnan(card.peak(precision)):
+            raise ConfigError(
+                f"--precision {precision}: the FLOP/s of {card.name} in {precision} are not known; "
+                "take the other precision or another --gpu"
+            )
+    rows = rank_rows(config, num_gpus)
+    if num_gpus == 1:
+        engine = "one"
+    elif engine is None:
+        by_size = default_engine(space.num_params(shape), card.memory)
+        engine = config.engine or ("fsdp" if config.shards else by_size)
+    shards = 1
+    if engine == "fsdp":
+        shards = config.shards or cluster.machine
+        if num_gpus % shards:
+            raise ConfigError(f"--shards {shards} does not divide --gpus {num_gpus}; give a divisor of {num_gpus}")
+    more: dict[str, Any] = {
+        "compensate": config.compensate,
+        "fisher": config.saliency == "fisher",
+        "activation_checkpointing": config.activation_checkpointing,
+        "activation_bytes": PRECISIONS[precision],
+        "engine": engine,
+        "shards": shards,
+    }
+    seq_len = config.seq_len
+    if config.micro_batch_size:
+        micro_batch_size = math.gcd(config.micro_batch_size, rows)
+    else:
+        micro_batch_size = fitting_micro_batch(
+            space, shape, rows=rows, seq_len=seq_len, memory_bytes=card.memory, **more
+        )
+    memory = estimate(space, shape, micro_batch_size=micro_batch_size, seq_len=seq_len, batch_rows=rows, **more)
+    fits = memory.peak <= MEMORY_SHARE * card.memory
+    return Setup(engine, precision, shards, rows, micro_batch_size, memory, fits)
+
+
+def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shape: Shape) -> Step:
+    """Returns the time and traffic of one optimizer step; nan seconds where the card's FLOP/s are not known."""
+    compute = config.batch_tokens * space.flops_per_token(shape, config.seq_len)
+    if config.activation_checkpointing:
+        compute *= RECOMPUTED
+    sent = traffic(space, shape, setup, cluster.num_gpus)
+    # replicas of machines meet over the network; what stays within a copy does not
+    sending = sum(size / cluster.bandwidth(ring) for ring, size in sent.items())
+    return Step(
+        compute / (cluster.num_gpus * cluster.mfu * cluster.card.peak(setup.precision)), sum(sent.values()), sending
+    )
+
+
+def traffic(space: Space, shape: Shape, setup: Setup, num_gpus: int) -> dict[int, float]:
+    """Returns the bytes that each GPU sends in a step, by the number of GPUs that its ring spans."""
+    params, shards = space.num_params(shape), setup.shards
+    gradients = FLOAT32 * params
+    if setup.engine == "one":
+        return {}
+    if setup.engine == "ddp":
+        return {num_gpus: 2 * _ring(num_gpus) * gradients}
+    root, layer = fsdp_groups(space, shape)
+    passes = setup.rows // setup.micro_batch_size
+    weights = PRECISIONS[setup.precision] * (root + 2 * layer * space.num_layers)
+    sent = {shards: _ring(shards) * (passes * weights + gradients)}
+    if shards < num_gpus:
+        sent[num_gpus] = 2 * _ring(num_gpus // shards) * gradients / shards
+    return sent
+
+
+def phase_seconds(
+    config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shapes: Iterable[tuple[Shape, int]]
+) -> float:
+    """Returns the seconds of a phase that computes each shape for so many steps."""
+    return sum(step_cost(config, cluster, setup, space, shape).seconds * steps for shape, steps in shapes)
+
+
+def suggest(config: RunConfig, cluster: Cluster, space: Space, shape: Shape) -> list[Suggestion]:
+    """Returns the ways in which a run would fit that does not; if there are none, that of the least peak.
+
+    On as many GPUs, or the fewest on which other flags are enough: the fewest changes, each in its mildest value; and a
+    few more GPUs on which none is needed. Nothing if the run fits as it is.
+    """
+    tried: list[Suggestion] = []
+    changed: list[Suggestion] = []
+    most_gpus = MOST_GPUS
+    for num_gpus in gpu_counts(config, cluster.num_gpus):
+        if num_gpus > most_gpus:
+            break
+        larger = replace(cluster, num_gpus=num_gpus)
+        flags: tuple[str, ...] = () if num_gpus == cluster.num_gpus else (f"--gpus {num_gpus}",)
+        on_these = config
+        if num_gpus > MACHINE and flags:  # a copy over all of them: more copies would take as much memory
+            on_these, flags = replace(config, shards=num_gpus), (*flags, f"--shards {num_gpus}")
+        tried.append(Suggestion(flags, make_setup(on_these, larger, space, shape)))
+        if tried[-1].setup.fits:
+            return [*changed, tried[-1]] if flags else []
+        kinds = [] if changed else changes(on_these, larger, shorten=not flags)
+        for number in range(1, len(kinds) + 1):
+            for subset in combinations(kinds, number):
+                for chosen in product(*subset):
+                    given = {name: value for _, values in chosen for name, value in values.items()}
+                    setup = make_setup(replace(on_these, **given), larger, space, shape)
+                    tried.append(Suggestion((*flags, *(text for text, _ in chosen)), setup))
+                    if setup.fits:
+                        changed.append(tried[-1])
+                        break
+            if changed:
+                most_gpus = NEAR * num_gpus
+                break
+    return changed or [min(tried, key=lambda each: each.setup.memory.peak)]
+
+
+def gpu_counts(config: RunConfig, num_gpus: int) -> list[int]:
+    """Returns the number of GPUs and its doublings that can share the rows of a batch."""
+    rows = config.batch_tokens // config.seq_len
+    counts = [num_gpus << power for power in range(MOST_GPUS.bit_length())]
+    return [count for count in counts if count == num_gpus or (count <= MOST_GPUS and rows % count == 0)]
+
+
+def changes(config: RunConfig, cluster: Cluster, shorten: bool) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Returns the flags that save memory and the fields that they set, by kind, mildest first.
+
+    Shorter rows, which make another run of it, only with `shorten`.
+    """
+    bf16 = [("--precision bf16", {"precision": "bf16"})]
+    fsdp = [("--engine fsdp", {"engine": "fsdp"})]
+    recompute = [("--activation-checkpointing", {"activation_checkpointing": True})]
+    sizes = sorted(divisors(config.micro_batch_size or 1), reverse=True)[1:]
+    shards = [size for size in sorted(divisors(cluster.num_gpus)) if size > (config.shards or cluster.machine)]
+    lengths = [config.seq_len >> power for power in range(1, config.seq_len.bit_length()) if shorten]
+    lengths = [length for length in lengths if length >= LEAST_SEQ_LEN and config.batch_tokens % length == 0]
+    kinds: list[list[tuple[str, dict[str, Any]]]] = [
+        bf16 if config.precision == "float32" and "bf16" in cluster.card.precisions else [],
+        fsdp if cluster.num_gpus > 1 and config.engine != "fsdp" else [],
+        recompute if not config.activation_checkpointing else [],
+        [(f"--micro-batch-size {size}", {"micro_batch_size": size}) for size in sizes],
+        [(f"--shards {size}", {"shards": size}) for size in shards],
+        [(f"--seq-len {length}", {"seq_len": length}) for length in lengths],
+    ]
+    return [kind for kind in kinds if kind]
+
+
+def _ring(size: int) -> float:
+    return (size - 1) / size
