@@ -2,80 +2,151 @@
 
 import json
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from efficientllm.delivery.load import empty_model
 from efficientllm.errors import TrainingError
-from efficientllm.pruning import LinearPace, Pruner, Removal
+from efficientllm.pruning import Removal
 from efficientllm.space import find_limits, find_space
+from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
+from efficientllm.training.config import RunConfig
 from efficientllm.training.engine import DDP, FSDP
 from efficientllm.training.process import Engine
+from efficientllm.training.recipe import make_recipe
+from efficientllm.training.trainer import Trainer
 from families import VOCAB, make_model
 
-ROWS, STEPS, PRUNE = 8, 60, 45
+ROWS, LENGTH, STEPS, PRUNE, BREAK = 8, 12, 60, 45, 25
+CPU = torch.device("cpu")
 
 
-def train(engine: Engine, name: str, compensate: bool, steps: int = STEPS) -> dict[str, Any]:
-    """Trains and prunes a tiny model; every rank sees its own rows of the same global batches."""
-    model = make_model(name)
-    space = find_space(model)
-    limits = find_limits(space, model.config, min_ffn=16, min_hidden=12)
-    model = engine.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    pruner = Pruner(
-        model,
-        optimizer,
-        int(0.4 * space.num_params(space.shape)),
-        pace=LinearPace(PRUNE, 2),
-        limits=limits,
+def make_trainer(engine: Engine, name: str, compensate: bool, checkpoint: Checkpoint | None = None) -> Trainer:
+    """A tiny model in float64 that must lose units of every kind; each rank sees its own rows of the same batches."""
+    source = make_model(name)
+    space = find_space(source)
+    limits = find_limits(space, source.config, min_ffn=24, min_hidden=12)
+    config = RunConfig(
+        seq_len=LENGTH,
+        batch_tokens=ROWS * LENGTH,
+        micro_batch_size=ROWS // engine.num_ranks // 2,
+        target_params=int(1.02 * space.num_params({**limits.floor, "query": 1})),
+        prune_tokens=PRUNE * ROWS * LENGTH,
+        tokens=STEPS * ROWS * LENGTH,
+        lr=3e-3,
         compensate=compensate,
-        compaction_tile=4,
-        layout=engine,
     )
+    recipe = replace(make_recipe(config, space, limits), weight_decay=0.1, warmup_steps=2)
+    engine.compaction_tile = 4
+    model = empty_model(checkpoint.config(), "checkpoint").double() if checkpoint else source
+    trainer = Trainer(model, config, recipe, limits, engine, lambda size: None)
+    if checkpoint:
+        trainer.restore(checkpoint)
     generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(steps):
-        rows = torch.randint(0, VOCAB, (ROWS, 12), generator=generator)[engine.rank :: engine.num_ranks]
-        total = torch.zeros((), dtype=torch.float64)
-        for number, part in enumerate(parts := rows.split(len(rows) // 2)):
-            with engine.accumulate(pruner.model, last=number == len(parts) - 1):
-                loss = engine.forward(pruner.model)(input_ids=part, labels=part, use_cache=False).loss / len(parts)
-                loss.backward()
-            total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(engine.mean(total)))
-    pruner.close()
-    plain = engine.gather(pruner.model)
-    weights = {key: param.detach().clone() for key, param in plain.named_parameters()} if engine.is_main else {}
+    batches = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(STEPS)]
+    trainer.feed = iter([batch[engine.rank :: engine.num_ranks] for batch in batches[trainer.step :]])
+    return trainer
+
+
+def train(trainer: Trainer, steps: int) -> list[float]:
+    """Returns the losses up to a step."""
+    while trainer.step < steps:
+        trainer.train_step()
+    return [row["loss"] for row in trainer.metrics.settle()]
+
+
+def save(trainer: Trainer, folder: Path) -> Checkpoint:
+    """Writes a checkpoint as a run does; all ranks of the trainer's engine come here."""
+    engine = trainer.engine
+    checkpoints = Checkpoints(folder, 0) if engine.num_ranks > 1 else alone(lambda: Checkpoints(folder, 0))
+    checkpoints.save(trainer.tensors(), *trainer.state(), trainer.model.config)
+    train(trainer, trainer.step + 1)  # goes on while it is written; what is saved must not move with it
+    checkpoints.finish()
+    engine.wait()
+    found = last_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+def alone(make: Any) -> Any:
+    """Lets one process of several take itself for the only one."""
+    initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        return make()
+    finally:
+        dist.is_initialized = initialized
+
+
+def result(trainer: Trainer, losses: list[float], removals: list[Removal]) -> dict[str, Any]:
+    trainer.pruner.close()
+    plain = trainer.engine.gather(trainer.model)
     return {
-        "removals": [(removal.kind, removal.units) for removal in pruner.removals],
+        "removals": [(removal.kind, removal.units) for removal in removals],
         "losses": losses,
-        "shape": pruner.shape,
-        "weights": weights,
+        "shape": trainer.pruner.shape,
+        "weights": {key: param.detach().clone() for key, param in plain.named_parameters()}
+        if trainer.engine.is_main
+        else {},
     }
+
+
+def whole(engine: Engine, name: str, compensate: bool) -> dict[str, Any]:
+    """A run that is never interrupted."""
+    trainer = make_trainer(engine, name, compensate)
+    losses = train(trainer, STEPS)
+    return result(trainer, losses, trainer.pruner.removals)
+
+
+def moved(before: Engine, after: Engine, name: str, folder: Path) -> dict[str, Any]:
+    """A run that begins on one engine, is saved while units wait to be compacted, and ends on another."""
+    first = make_trainer(before, name, False)
+    losses = train(first, BREAK)
+    removals = list(first.pruner.removals)
+    assert first.pruner.state_dict()["retired"], "nothing waits: choose another step"
+    checkpoint = save(first, folder)
+    last = make_trainer(after, name, False, checkpoint)
+    losses += train(last, STEPS)
+    return result(last, losses, removals + last.pruner.removals)
 
 
 def main(out: Path, engines: list[str], names: list[str]) -> None:
     torch.set_num_threads(1)
-    results = {}
-    DDP(torch.device("cpu"))  # the ranks meet
+    results: dict[str, Any] = {}
+    meeting = DDP(CPU)  # the ranks meet
+    folder = Path(meeting_place(meeting))
     for name in names:
         for compensate in (False, True):
-            alone = train(Engine(torch.device("cpu")), name, compensate)
+            expected = whole(Engine(CPU), name, compensate)
             for kind in engines:
-                engine = make_engine(kind)
-                found = train(engine, name, compensate)
-                if engine.is_main:
-                    results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(alone, found)
+                found = whole(make_engine(kind), name, compensate)
+                if meeting.is_main:
+                    results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(expected, found)
                     out.write_text(json.dumps(results, indent=1))
-    results["disagreement"] = {"error": disagreement(engine)}
-    if engine.is_main:
+            for kind in engines if not compensate else ():
+                # one process is every rank by itself, each with a folder of its own
+                own = folder / f"{kind}-{name}-{meeting.rank}"
+                results[f"{kind} to one {name}"] = compare(
+                    expected, moved(make_engine(kind), Engine(CPU), name, folder / f"{kind}-{name}")
+                )
+                results[f"one to {kind} {name}"] = compare(expected, moved(Engine(CPU), make_engine(kind), name, own))
+    results["disagreement"] = {"error": disagreement(meeting)}
+    results["bf16"] = half_precision()
+    if meeting.is_main:
         out.write_text(json.dumps(results, indent=1))
-    engine.close()
+    meeting.close()
+
+
+def meeting_place(engine: Engine) -> str:
+    """Returns a folder that all ranks know."""
+    names = [tempfile.mkdtemp()] if engine.is_main else [None]
+    dist.broadcast_object_list(names, 0)
+    return str(names[0])
 
 
 def disagreement(engine: Engine) -> str:
@@ -88,9 +159,41 @@ def disagreement(engine: Engine) -> str:
     return "nothing"
 
 
+def half_precision() -> dict[str, Any]:
+    """FSDP in bf16: what is gathered for the products, and what is kept."""
+    engine = FSDP(CPU, "bf16", shards=dist.get_world_size())
+    trainer = make_trainer_float32(engine)
+    gathered: list[str] = []
+    projection = trainer.model.model.layers[0].mlp.up_proj
+    projection.register_forward_hook(lambda module, args, output: gathered.append(str(module.weight.dtype)))
+    losses = train(trainer, 8)
+    exact = train(make_trainer_float32(Engine(CPU)), 8)
+    kept = {str(tensor.dtype) for tensor in trainer.tensors().values()}
+    return {"gathered": sorted(set(gathered)), "kept": sorted(kept), "losses": losses, "exact": exact}
+
+
+def make_trainer_float32(engine: Engine) -> Trainer:
+    source = make_model("qwen2", dtype=torch.float32)
+    space = find_space(source)
+    limits = find_limits(space, source.config)
+    tokens = ROWS * LENGTH
+    config = RunConfig(
+        seq_len=LENGTH,
+        batch_tokens=tokens,
+        micro_batch_size=1,
+        target_params=space.num_params(limits.source),
+        prune_tokens=tokens,
+        tokens=100 * tokens,
+    )
+    trainer = Trainer(source, config, make_recipe(config, space, limits), limits, engine, lambda size: None)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(8)]
+    trainer.feed = iter([batch[engine.rank :: engine.num_ranks] for batch in batches])
+    return trainer
+
+
 def make_engine(kind: str) -> Engine:
-    device = torch.device("cpu")
-    return DDP(device) if kind == "ddp" else FSDP(device, shards=2 if kind == "hsdp" else dist.get_world_size())
+    return DDP(CPU) if kind == "ddp" else FSDP(CPU, shards=2 if kind == "hsdp" else dist.get_world_size())
 
 
 def compare(alone: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

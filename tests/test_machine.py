@@ -157,14 +157,14 @@ def test_a_step_without_removal_never_waits_for_the_device() -> None:
     assert sum(removals) > 10 and removals.count(0) >= 8
     assert all(count == 0 for count, removed in zip(waits, removals, strict=True) if not removed)
     assert any(waits)  # the negative control: choosing units needs their scores
-    assert [row["step"] for row in trainer.settle()] == list(range(1, 17)) and trainer.settle() == []
+    assert [row["step"] for row in trainer.metrics.settle()] == list(range(1, 17)) and trainer.metrics.settle() == []
 
 
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
     trainer = make_trainer(target_params=602_976)
     for _ in range(3):
         trainer.train_step()
-    trainer.settle()
+    trainer.metrics.settle()
     with torch.no_grad():
         broken = next(iter(trainer.model.parameters()))
         kept = broken[0, 0].clone()
@@ -172,13 +172,13 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
     trainer.feed = iter(lambda: torch.zeros(8, 32, dtype=torch.long), None)  # token 0 reads the broken entry
     trainer.train_step()
-    (row,) = trainer.settle()
+    (row,) = trainer.metrics.settle()
     assert row["loss"] is None and row["skipped"] == 1 and row["step"] == 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
     with torch.no_grad():
         broken[0, 0] = kept
     trainer.train_step()
-    (row,) = trainer.settle()
+    (row,) = trainer.metrics.settle()
     assert row["loss"] is not None and not torch.equal(
         trainer.tensors()["model.norm.weight"], before["model.norm.weight"]
     )

@@ -335,9 +335,11 @@ class Pruner:
     def _tile(self, kind: str) -> int:
         if kind == "query":
             return 1  # query heads cannot wait: they wake up (method.md section 2)
+        legal = self.limits.tile[kind]
         if self.compaction_tile is None:
-            return self.limits.tile[kind]
-        return max(1, self.compaction_tile // self.space.head_dim) if kind == "kv" else self.compaction_tile
+            return legal
+        units = self.compaction_tile // self.space.head_dim if kind == "kv" else self.compaction_tile
+        return max(1, -(-units // legal)) * legal  # a physical shape is legal too: a checkpoint may be taken there
 
     def _rest_if_done(self) -> None:
         if self.done:

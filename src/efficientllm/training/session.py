@@ -106,7 +106,7 @@ class Run:
             self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
         saved = time.monotonic()
         signal = 0
-        trainer.begin_timing()
+        trainer.metrics.begin_timing()
         while not trainer.done and not signal:
             phase, removed = trainer.phase, len(trainer.pruner.removals)
             trainer.train_step()
@@ -117,7 +117,7 @@ class Run:
             saves = trainer.done or step == recipe.decay_start or _divides(config.checkpoint_every, step)
             if not (removals or validates or saves or step % self.settle_steps == 0):
                 continue  # nothing waits for the device
-            *rows, last = trainer.settle()
+            *rows, last = trainer.metrics.settle()
             for row in [*rows, self._validated(last) if validates else last]:
                 self._log({**row, "epoch": round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)})
                 for message in row.get("warnings", ()):
@@ -129,7 +129,7 @@ class Run:
                 self._checkpoint()
                 saved = time.monotonic()
             self.checkpoints.poll()
-            trainer.begin_timing()
+            trainer.metrics.begin_timing()
         return signal
 
     def _begin_feed(self) -> None:
@@ -206,8 +206,8 @@ class Run:
             )
         if self.engine.compiles:
             say(f"{self.engine.compilations} graphs were compiled")
-        if trainer.skipped:
-            say(f"{trainer.skipped} steps were skipped because the loss or its gradient was not finite")
+        if trainer.metrics.skipped:
+            say(f"{trainer.metrics.skipped} steps were skipped because the loss or its gradient was not finite")
 
     def _save(self, folder: Path, tokens: int, losses: dict[str, float], annealed: bool) -> None:
         pruner = self.trainer.pruner

@@ -1,8 +1,7 @@
 """The loop: continued pretraining of a model that a Pruner makes smaller."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +10,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_wsd_schedule
 
 from efficientllm.errors import TrainingError
-from efficientllm.pruning import Pruner, Removal
+from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
-from efficientllm.space.dims import Shape
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import is_out_of_memory
 from efficientllm.training.fisher import Fisher
 from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
 from efficientllm.training.memory import divisors
+from efficientllm.training.metrics import Metrics
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
 from efficientllm.training.watching import Watch
@@ -30,18 +29,16 @@ if TYPE_CHECKING:
 BETAS, EPS = (0.9, 0.95), 1e-8
 CLIP = 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MOST_SKIPPED = 5  # steps in a row without a finite loss
 
 
 class Trainer:
     """A model, its optimizer and Pruner, and how far they have come.
 
-    A step's loss and gradient norm stay on the device until `settle` asks for them: steps in which nothing is removed
-    never wait for it.
+    Steps in which nothing is removed never wait for the device.
 
     Attributes:
         step: steps done, those skipped for a loss that is not finite included.
-        skipped: how many were, up to the last `settle`.
+        metrics: the figures of the steps done.
         feed: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to begin at
             `step`.
         micro_batch_size: rows of a forward pass; halved when memory runs out.
@@ -88,15 +85,11 @@ class Trainer:
             compaction_tile=engine.compaction_tile,
             layout=engine,
         )
-        self.watch = Watch(limits, self.pruner.source_params - config.target_params)
+        watch = Watch(limits, self.pruner.source_params - config.target_params)
+        self.metrics = Metrics(watch, config.batch_tokens)
         self.feed: Iterator[Tensor] = iter(())
         self.step = 0
-        self.skipped = 0
-        self._skipped_in_a_row = 0
-        self._removed_last = False
         self._notes: list[str] = []  # warnings of the step under way
-        self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape]] = []
-        self._settled = time.perf_counter()
 
     @property
     def model(self) -> Any:
@@ -132,50 +125,7 @@ class Trainer:
         self.step = step
         row = {**self.row(phase), "lr": lr, "warnings": self._notes}
         self._notes = []
-        removals = self.pruner.removals[before:]
-        self._pending.append((row, torch.stack([loss, norm.to(loss.dtype)]), removals, self.pruner.shape))
-
-    def settle(self) -> list[dict[str, Any]]:
-        """Returns the rows of metrics of the steps since the last call; waits for the device.
-
-        Raises:
-            TrainingError: after five steps in a row without a finite loss.
-        """
-        pending, self._pending = self._pending, []
-        if not pending:
-            return []
-        numbers = torch.stack([figures for _, figures, _, _ in pending]).tolist()
-        now = time.perf_counter()
-        speed = round(len(pending) * self.config.batch_tokens / (now - self._settled), 1)
-        self._settled = now
-        return [
-            self._settle_row({**row, "tokens_per_second": speed}, loss, norm, removals, shape)
-            for (row, _, removals, shape), (loss, norm) in zip(pending, numbers, strict=True)
-        ]
-
-    def _settle_row(
-        self, row: dict[str, Any], loss: float, norm: float, removals: Sequence[Removal], shape: Shape
-    ) -> dict[str, Any]:
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.skipped += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        warnings = row.pop("warnings")
-        warnings += self.watch.look(loss, norm, self._removed_last) if finite else []
-        warnings += self.watch.look_at(removals, shape)
-        self._removed_last = bool(removals)
-        if self._skipped_in_a_row >= MOST_SKIPPED:
-            raise TrainingError(
-                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']}); "
-                "lower --lr"
-            )
-        row["loss"] = loss if math.isfinite(loss) else None
-        row["grad_norm"] = norm if math.isfinite(norm) else None
-        row["skipped"] = self.skipped
-        return {**row, "warnings": warnings} if warnings else row
-
-    def begin_timing(self) -> None:
-        """Leaves what has been done since the last `settle` out of the next speed: validation, a checkpoint."""
-        self._settled = time.perf_counter()
+        self.metrics.add(row, loss, norm, self.pruner.removals[before:], self.pruner.shape)
 
     @property
     def phase(self) -> str:
@@ -191,7 +141,7 @@ class Trainer:
             "loss": None,
             "lr": None,
             "grad_norm": None,
-            "skipped": self.skipped,
+            "skipped": self.metrics.skipped,
             "params": self.pruner.num_params,
             "hidden_size": shape["hidden"],
             "intermediate_size": shape["ffn"],
@@ -212,7 +162,7 @@ class Trainer:
         return {**params, **moments}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns all else that a resumed run needs, after `settle`: JSON values, and tensors that every rank has."""
+        """Returns all else that a resumed run needs, once nothing is pending: JSON values, tensors of every rank."""
         pruner = self.pruner.state_dict()
         extra = {f"average.{kind}": scores for kind, scores in pruner.pop("average").items()}
         extra |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
@@ -223,12 +173,9 @@ class Trainer:
         state = {
             "step": self.step,
             "optimizer_step": float(counters[0]) if counters else None,  # the same of every parameter
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "removed_last": self._removed_last,
             "micro_batch_size": self.micro_batch_size,
             "pruner": pruner,
-            "watch": self.watch.state_dict(),
+            "metrics": self.metrics.state_dict(),
         }
         return state, extra
 
@@ -249,9 +196,8 @@ class Trainer:
             name.removeprefix("average."): tensor for name, tensor in extra.items() if name.startswith("average.")
         }
         self.pruner.load_state_dict({**state["pruner"], "average": average})
-        self.watch.load_state_dict(state["watch"])
-        self.step, self.skipped = state["step"], state["skipped"]
-        self._skipped_in_a_row, self._removed_last = state["skipped_in_a_row"], state["removed_last"]
+        self.metrics.load_state_dict(state["metrics"])
+        self.step = state["step"]
         self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
         torch.set_rng_state(extra["random.cpu"])
         if "random.cuda" in extra and self.engine.device.type == "cuda":

@@ -1,0 +1,91 @@
+"""Rows of metrics.jsonl: figures of steps stay on the device until they are asked for, so that steps never wait."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientllm.errors import TrainingError
+from efficientllm.pruning import Removal
+from efficientllm.space.dims import Shape
+from efficientllm.training.watching import Watch
+
+MOST_SKIPPED = 5  # steps in a row without a finite loss
+
+
+class Metrics:
+    """The steps whose figures have not been looked at yet, and what those before have shown.
+
+    Attributes:
+        skipped: steps whose loss or gradient was not finite, up to the last `settle`.
+    """
+
+    def __init__(self, watch: Watch, batch_tokens: int) -> None:
+        self.watch, self.batch_tokens = watch, batch_tokens
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._removed_last = False
+        self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape]] = []
+        self._settled = time.perf_counter()
+
+    def add(self, row: dict[str, Any], loss: Tensor, norm: Tensor, removals: Sequence[Removal], shape: Shape) -> None:
+        """Takes one step: its row, with warnings but without figures, and what it removed on the way to `shape`."""
+        self._pending.append((row, torch.stack([loss, norm.to(loss.dtype)]), removals, shape))
+
+    def settle(self) -> list[dict[str, Any]]:
+        """Returns the rows of the steps since the last call; waits for the device.
+
+        Raises:
+            TrainingError: after five steps in a row without a finite loss.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        numbers = torch.stack([figures for _, figures, _, _ in pending]).tolist()
+        speed = round(len(pending) * self.batch_tokens / (time.perf_counter() - self._settled), 1)
+        self.begin_timing()
+        return [
+            self._finish({**row, "tokens_per_second": speed}, loss, norm, removals, shape)
+            for (row, _, removals, shape), (loss, norm) in zip(pending, numbers, strict=True)
+        ]
+
+    def begin_timing(self) -> None:
+        """Leaves what has been done since the last `settle` out of the next speed: validation, a checkpoint."""
+        self._settled = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns JSON values; nothing may be pending."""
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "removed_last": self._removed_last,
+            "watch": self.watch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self._removed_last = state["removed_last"]
+        self.watch.load_state_dict(state["watch"])
+
+    def _finish(
+        self, row: dict[str, Any], loss: float, norm: float, removals: Sequence[Removal], shape: Shape
+    ) -> dict[str, Any]:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        warnings = row.pop("warnings")
+        warnings += self.watch.look(loss, norm, self._removed_last) if finite else []
+        warnings += self.watch.look_at(removals, shape)
+        self._removed_last = bool(removals)
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']}); "
+                "lower --lr"
+            )
+        row["loss"] = loss if math.isfinite(loss) else None
+        row["grad_norm"] = norm if math.isfinite(norm) else None
+        row["skipped"] = self.skipped
+        return {**row, "warnings": warnings} if warnings else row
