@@ -25,6 +25,7 @@ from efficientllm.training.config import (
 )
 
 LIMITS = ("round_to", "min_ffn", "min_hidden", "min_kv")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 TEXT = ("text_field", "txt_split", "document_separator")
 GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "size": ("target_params", *LIMITS, "save_at"),
@@ -165,6 +166,21 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     _add_fields(generate, ("seed", "trust_remote_code"))
 
+    export = add(
+        "export",
+        _export,
+        "MODEL --to gguf|onnx|hf --out FILE [flags]",
+        "writes a model for a device, and proves it there",
+    )
+    export.add_argument("model", metavar="MODEL", help="run folder, model folder or hub id")
+    export.add_argument("--to", metavar="gguf|onnx|hf", required=True, help="format")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write; a folder for onnx and hf")
+    export.add_argument("--type", metavar="TYPE", help=f"of gguf: {' '.join(GGUF_TYPES)}")
+    export.add_argument("--dtype", metavar=FIELDS["dtype"].metadata["metavar"], help="of hf: the weights' dtype")
+    export.add_argument("--shard-size", metavar="SIZE", help="of hf: largest file of weights, such as 2GB")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_fields(export, ("trust_remote_code",))
+
     push = add("push", _push, "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
     push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")
@@ -292,6 +308,28 @@ def _generate(given: argparse.Namespace) -> int:
         temperature=temperature,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _export(given: argparse.Namespace) -> int:
+    for flag, value, known in (
+        ("--to", given.to, ("gguf", "onnx", "hf")),
+        ("--type", given.type, GGUF_TYPES),
+        ("--dtype", given.dtype, FIELDS["dtype"].metadata["choices"]),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
+    from efficientllm.delivery.export import export
+
+    return export(
+        given.model,
+        given.to,
+        given.out,
+        type=given.type,
+        dtype=given.dtype,
+        shard_size=given.shard_size,
+        overwrite=given.overwrite,
+        trust_remote_code=getattr(given, "trust_remote_code", False),
     )
 
 

@@ -1,0 +1,134 @@
+"""A model as a GGUF file for llama.cpp and what is built on it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from efficientllm.delivery import llama_cpp
+from efficientllm.delivery.child import in_child
+from efficientllm.delivery.export import check_out, check_space, staging
+from efficientllm.delivery.gguf_architecture import (
+    ARCHITECTURES,
+    Value,
+    context_length,
+    find_architecture,
+    hyper_parameters,
+)
+from efficientllm.delivery.gguf_file import check_file, write_gguf
+from efficientllm.delivery.gguf_tensors import biases, pieces, rope_scaling
+from efficientllm.delivery.gguf_tokenizer import tokenizer_metadata
+from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama_cpp, plan_types, type_lines
+from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
+from efficientllm.delivery.proof import TEXTS, WORST_RATIO, compare, held_out_rows, held_out_text
+from efficientllm.errors import EfficientLLMError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}  # of the largest logit: the runtime rounds activations as weights
+HALF_GELU = (
+    1e-2  # its CPU code looks GELU up in a table of half-precision numbers: Gemma's float32 is no better than that
+)
+HEADER_BYTES = 4096  # about what the file holds beside tensors and vocabulary
+
+
+def export_gguf(model: str, type: str, out: Path, *, overwrite: bool, trust_remote_code: bool) -> None:
+    """Writes a model as GGUF and proves the file, in llama.cpp if it is installed; prints what it does.
+
+    Raises:
+        EfficientLLMError: the model does not fit, the output is there, or the proof fails; nothing is left behind then.
+    """
+    import torch
+
+    check_out(out, overwrite, folder=False)
+    if needs_llama_cpp(type):
+        llama_cpp.require(f"--type {type}")
+    config = load_config(model, trust_remote_code)
+    empty = empty_model(config, model)
+    name = find_architecture(config, biases(empty))
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    found = pieces(empty, name)
+    scaling, extra = rope_scaling(config, name)
+    values: dict[str, Value] = {
+        "general.type": "model",
+        "general.name": Path(model).name,
+        "general.file_type": int(TYPES[type][1]),
+        "general.quantization_version": 2,
+        **hyper_parameters(config, name),
+        **scaling,
+        **tokenizer_metadata(tokenizer, config.vocab_size),
+    }
+    shapes = [*((piece.name, piece.shape) for piece in found), *((key, array.shape) for key, array in extra.items())]
+    groups = config.num_attention_heads != config.num_key_value_heads
+    layers = config.num_hidden_layers
+    plans = plan_types(shapes, type, num_layers=layers, many_groups=groups, k_types=needs_llama_cpp(type))
+    plain = plan_types(shapes, "f32", num_layers=layers, many_groups=groups, k_types=False)
+    print(f"{model} ({config.model_type}) under llama.cpp's architecture {name}")
+    context = context_length(config, name)
+    if context < config.max_position_embeddings:
+        print(f"  context cut to {context:,} tokens, the sliding window: {name} has none, and needs none up to there")
+    print(*type_lines(plans, type), sep="\n")
+    both = [plans, plain] if needs_llama_cpp(type) else [plans]
+    vocabulary = 2 * len(tokenizer.backend_tokenizer.to_str())
+    check_space(out, sum(plan.num_bytes for each in both for plan in each) + vocabulary + HEADER_BYTES)
+    loaded = load_model(model, torch.float32, trust_remote_code)
+    weights = dict(loaded.named_parameters())
+    by_name = {piece.name: piece for piece in found}
+    with staging(out) as folder:
+        partial = folder / out.name
+        if needs_llama_cpp(type):
+            write_gguf(folder / "f32.gguf", name, values, plain, by_name, weights, extra)
+            llama_cpp.quantize_file(folder / "f32.gguf", partial, int(TYPES[type][1]))
+        else:
+            write_gguf(partial, name, values, plans, by_name, weights, extra)
+        worst = check_file(partial, name, values, plans, by_name, weights, extra)
+        print(f"read back: {len(plans)} tensors and {len(values)} values are the model's, the furthest by {worst:.1e}")
+        if llama_cpp.is_installed():
+            tolerance = HALF_GELU if type == "f32" and ARCHITECTURES[name].activation != "silu" else TOLERANCE.get(type)
+            _prove_in_llama_cpp(partial, loaded, tokenizer, context, tolerance)
+        else:
+            print(f"not loaded in llama.cpp, which is not installed; to check it there: {llama_cpp.EXTRA}")
+        partial.replace(out)
+    size = out.stat().st_size
+    print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
+
+
+def _prove_in_llama_cpp(
+    path: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    tolerance: float | None,
+) -> None:
+    """Loads the file in llama.cpp and compares tokens and logits with transformers'.
+
+    Args:
+        tolerance: largest difference of the logits, relative to the largest; None for quantised weights.
+
+    Raises:
+        EfficientLLMError: they differ by more than the type explains.
+    """
+    import torch
+
+    texts = (*TEXTS, held_out_text())
+    theirs = in_child("llama.cpp", llama_cpp.tokens, str(path), texts)
+    ours = [list(tokenizer(text)["input_ids"]) for text in texts]
+    for text, got, expected in zip(texts, theirs, ours, strict=True):
+        if got != expected:
+            at = next((n for n, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), 0)
+            raise EfficientLLMError(
+                f"{path.name}: llama.cpp tokenises {text[:40]!r} otherwise: {got[at : at + 5]} for "
+                f"{expected[at : at + 5]} at token {at}; the tokenizer cannot be carried over"
+            )
+    rows = held_out_rows(ours[-1], context)
+    found = in_child("llama.cpp", llama_cpp.logits, str(path), rows)
+    with torch.no_grad():
+        reference = model(input_ids=torch.tensor(rows), use_cache=False).logits.float().numpy()
+    comparison = compare(found, reference, rows)
+    print(f"llama.cpp: {len(texts)} texts tokenised alike; {len(rows)} × {len(rows[0])} tokens: {comparison}")
+    good = (
+        comparison.difference <= tolerance
+        if tolerance is not None
+        else comparison.perplexity <= WORST_RATIO * comparison.reference
+    )
+    if not good:
+        raise EfficientLLMError(f"{path.name}: in llama.cpp it is another model ({comparison}); no file is left")

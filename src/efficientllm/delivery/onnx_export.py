@@ -1,0 +1,190 @@
+"""A model as an ONNX graph with its cache of keys and values, by transformers' own exporter, for onnxruntime.
+
+One graph both reads a prompt (the cache empty) and continues it. The folder is what `transformers.exporters` writes and
+loads again (`ExportedModel.from_pretrained`), with the tokenizer beside it.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efficientllm.delivery.export import check_out, check_space, staging
+from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
+from efficientllm.delivery.proof import compare, held_out_rows, held_out_text
+from efficientllm.errors import ConfigError, EfficientLLMError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS = ("onnx", "onnxscript", "onnxruntime")
+EXTRA = "pip install 'efficientllm[onnx]'"
+TOLERANCE = 1e-4  # of the largest logit
+NEW_TOKENS = 16
+PAST = "input.past_key_values.layers."
+PRESENT = "output.past_key_values.layers."
+
+
+def export_onnx(model: str, out: Path, *, overwrite: bool, trust_remote_code: bool) -> None:
+    """Writes a model as ONNX in float32 and proves it in onnxruntime; prints what it does.
+
+    Raises:
+        EfficientLLMError: it cannot be exported, the output is there, or the proof fails; nothing is left behind then.
+    """
+    import torch
+
+    check_out(out, overwrite, folder=True)
+    if missing := [part for part in PARTS if find_spec(part) is None]:
+        raise ConfigError(f"--to onnx needs {', '.join(missing)}; {EXTRA}")
+    config = load_config(model, trust_remote_code)
+    empty = empty_model(config, model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    num_bytes = 4 * sum(param.numel() for param in empty.parameters())
+    check_space(out, num_bytes)
+    print(f"{model} ({config.model_type}): {num_bytes:,} bytes of float32 weights")
+    loaded = load_model(model, torch.float32, trust_remote_code)
+    with staging(out) as folder:
+        partial = folder / out.name
+        _export(loaded, model).save_pretrained(partial)
+        if loaded.generation_config is not None:
+            loaded.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        rows = held_out_rows(list(tokenizer(held_out_text())["input_ids"]), config.max_position_embeddings)
+        _prove(partial, loaded, rows)
+        if out.exists():
+            out.rename(folder / "replaced")
+        partial.rename(out)
+    size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+    print(f"{out}: {size:,} bytes")
+
+
+def _export(model: "PreTrainedModel", name: str) -> Any:
+    """Returns transformers' exported model: any batch, any prompt, any length of the cache."""
+    import torch
+    from transformers import DynamicCache
+
+    try:
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    except ImportError:
+        raise ConfigError("--to onnx needs transformers' own ONNX exporter; upgrade transformers") from None
+    past, new, rows = 5, 3, 2  # all different, so that none is taken for another
+    ids = torch.arange(rows * (past + new)).reshape(rows, -1) % model.config.vocab_size
+    cache = DynamicCache()  # without the config: whole keys for sliding layers too, which the mask then cuts
+    with torch.no_grad():
+        model(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
+    inputs = {
+        "input_ids": ids[:, past:].contiguous(),
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(past, past + new)[None].repeat(rows, 1),
+        "past_key_values": cache,
+    }
+    try:
+        with _quiet():
+            return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
+    except Exception as error:  # torch's exporter raises whatever its parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(f"model {name}: torch's ONNX exporter cannot take it ({reason})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's progress and its notes to programmers from the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class Session:
+    """An exported folder in onnxruntime, with its cache."""
+
+    def __init__(self, folder: Path, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        self.reset()
+
+    def reset(self) -> None:
+        self.length = 0
+        self.cache: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Returns logits (rows, tokens, vocabulary) of ids (rows, tokens) that continue what came before."""
+        rows, new = ids.shape
+        if not self.cache:
+            for name in self.names:
+                if name.startswith(PAST):
+                    _, heads, _, head_dim = self.shapes[name]
+                    self.cache[name] = np.zeros((rows, int(heads), 0, int(head_dim)), np.float32)
+        positions = np.arange(self.length, self.length + new)[None].repeat(rows, 0)
+        given = {
+            "input_ids": ids,
+            "attention_mask": np.ones((rows, self.length + new), np.int64),
+            "position_ids": positions,
+            **self.cache,
+        }
+        outputs = [value.name for value in self.session.get_outputs()]
+        values = self.session.run(outputs, {name: given[name] for name in self.names})
+        found = dict(zip(outputs, values, strict=True))
+        self.cache = {name: found[name.replace(PAST, PRESENT)] for name in self.cache}
+        self.length += new
+        logits: NDArray[np.float32] = found["logits"]
+        return logits
+
+
+def generate(session: Session, prompt: Sequence[int], new: int) -> list[int]:
+    """Returns the likeliest continuation, a token at a time through the cache."""
+    session.reset()
+    ids: list[int] = []
+    logits = session(np.array([prompt], np.int64))
+    for _ in range(new):
+        ids.append(int(logits[0, -1].argmax()))
+        logits = session(np.array([ids[-1:]], np.int64))
+    return ids
+
+
+def _prove(folder: Path, model: "PreTrainedModel", rows: list[list[int]]) -> None:
+    """Compares logits and a greedy continuation in onnxruntime with transformers'.
+
+    Raises:
+        EfficientLLMError: they differ.
+    """
+    import torch
+
+    session = Session(folder)
+    found = session(np.array(rows, np.int64))
+    with torch.no_grad():
+        reference = model(input_ids=torch.tensor(rows), use_cache=False).logits.numpy()
+    comparison = compare(found, reference, rows)
+    prompt = rows[0][: len(rows[0]) // 2]
+    new = min(NEW_TOKENS, len(rows[0]) - len(prompt))
+    ours = generate(session, prompt, new)
+    theirs = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    print(f"onnxruntime: {len(rows)} × {len(rows[0])} tokens: {comparison}")
+    if not comparison.difference <= TOLERANCE:
+        raise EfficientLLMError(f"{folder.name}: in onnxruntime it is another model ({comparison}); no file is left")
+    if ours != theirs:
+        raise EfficientLLMError(f"{folder.name}: onnxruntime continues {ours}, transformers {theirs}; no file is left")
+    print(f"onnxruntime: the same {new} tokens generated through the cache")
