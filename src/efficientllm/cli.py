@@ -181,6 +181,14 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     _add_fields(export, ("trust_remote_code",))
 
+    bench = add("bench", _bench, "MODEL... [flags]", "compares models' speed, memory and size on this machine")
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="run, model or ONNX folder, .gguf file, or hub id")
+    bench.add_argument("--runtime", metavar="torch|llama.cpp|onnx", help="refuse models that are for another")
+    bench.add_argument("--prompt", metavar="N", default="128", help="tokens to read (default: 128)")
+    bench.add_argument("--new", metavar="N", default="64", help="tokens to generate (default: 64)")
+    bench.add_argument("--json", action="store_true", help="print numbers for programs")
+    _add_fields(bench, ("trust_remote_code",))
+
     push = add("push", _push, "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
     push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")
@@ -312,13 +320,9 @@ def _generate(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    for flag, value, known in (
-        ("--to", given.to, ("gguf", "onnx", "hf")),
-        ("--type", given.type, GGUF_TYPES),
-        ("--dtype", given.dtype, FIELDS["dtype"].metadata["choices"]),
-    ):
-        if value is not None and value not in known:
-            raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
+    _check_choice("--to", given.to, ("gguf", "onnx", "hf"))
+    _check_choice("--type", given.type, GGUF_TYPES)
+    _check_choice("--dtype", given.dtype, FIELDS["dtype"].metadata["choices"])
     from efficientllm.delivery.export import export
 
     return export(
@@ -331,6 +335,24 @@ def _export(given: argparse.Namespace) -> int:
         overwrite=given.overwrite,
         trust_remote_code=getattr(given, "trust_remote_code", False),
     )
+
+
+def _bench(given: argparse.Namespace) -> int:
+    _check_choice("--runtime", given.runtime, ("torch", "llama.cpp", "onnx"))
+    prompt, new = parse_count(given.prompt, "--prompt"), parse_count(given.new, "--new")
+    if min(prompt, new) < 1:
+        raise ConfigError(f"--prompt {prompt}, --new {new}: give whole numbers from 1")
+    from efficientllm.delivery.bench import bench
+
+    trust = getattr(given, "trust_remote_code", False)
+    return bench(
+        given.models, runtime=given.runtime, prompt=prompt, new=new, as_json=given.json, trust_remote_code=trust
+    )
+
+
+def _check_choice(flag: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
 
 
 def _push(given: argparse.Namespace) -> int:
