@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
@@ -180,6 +181,14 @@ def test_a_real_model(type: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "stories.gguf"
     assert main(["export", str(STORIES), "--to", "gguf", "--type", type, "--out", str(out)]) == 0
     assert "tokenised alike" in capsys.readouterr().out
+
+
+def test_a_runs_own_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "run/model", "llama")
+    (tmp_path / "run/data/train-00").mkdir(parents=True)
+    np.save(tmp_path / "run/data/train-00/valid-00000.npy", np.arange(512, dtype=np.uint16) % 200)
+    line = export(tmp_path / "run", "f32", capsys)
+    assert "2 × 64 tokens that the run held out" in line and difference(line) < 1e-5
 
 
 @pytest.mark.parametrize("spoil", ["weights", "tokenizer"])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from efficientllm.delivery.load import finished_model
+from efficientllm.delivery.proof import held_out_ids
 from efficientllm.errors import ConfigError
 
 
@@ -32,15 +33,16 @@ def export(
     """
     _check_flags(to, type=type, dtype=dtype, shard_size=shard_size)
     model, target = finished_model(run, "export"), Path(out).expanduser()
+    ids = held_out_ids(Path(run).expanduser())
     try:
         if to == "gguf":
             from efficientllm.delivery.gguf_export import export_gguf
 
-            export_gguf(model, str(type), target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+            export_gguf(model, str(type), target, ids=ids, overwrite=overwrite, trust_remote_code=trust_remote_code)
         elif to == "onnx":
             from efficientllm.delivery.onnx_export import export_onnx
 
-            export_onnx(model, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+            export_onnx(model, target, ids=ids, overwrite=overwrite, trust_remote_code=trust_remote_code)
         else:
             from efficientllm.delivery.huggingface import export_folder
 
@@ -93,17 +95,26 @@ def check_space(out: Path, num_bytes: int) -> None:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`, on the same disk, that is removed whatever happens.
+    """Yields an empty folder near `out`, on the same disk, that is removed whatever happens.
 
     Raises:
         ConfigError: if it cannot be written.
     """
-    folder = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
+    anchor = next(parent for parent in out.absolute().parents if parent.exists())
+    folder = anchor / f".{out.name}.partial-{os.getpid()}"
     try:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(partial: Path, out: Path) -> None:
+    """Moves what is whole and proven from its staging folder to its place; what was there goes with that folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        out.rename(partial.with_name("replaced"))
+    partial.rename(out)

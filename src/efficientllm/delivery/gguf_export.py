@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from efficientllm.delivery import llama_cpp
 from efficientllm.delivery.child import in_child
-from efficientllm.delivery.export import check_out, check_space, staging
+from efficientllm.delivery.export import check_out, check_space, put, staging
 from efficientllm.delivery.gguf_architecture import (
     ARCHITECTURES,
     Value,
@@ -31,8 +31,11 @@ HALF_GELU = (
 HEADER_BYTES = 4096  # about what the file holds beside tensors and vocabulary
 
 
-def export_gguf(model: str, type: str, out: Path, *, overwrite: bool, trust_remote_code: bool) -> None:
+def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: bool, trust_remote_code: bool) -> None:
     """Writes a model as GGUF and proves the file, in llama.cpp if it is installed; prints what it does.
+
+    Args:
+        ids: held-out tokens to compare logits on; without any it is text that every Python carries.
 
     Raises:
         EfficientLLMError: the model does not fit, the output is there, or the proof fails; nothing is left behind then.
@@ -50,7 +53,7 @@ def export_gguf(model: str, type: str, out: Path, *, overwrite: bool, trust_remo
     scaling, extra = rope_scaling(config, name)
     values: dict[str, Value] = {
         "general.type": "model",
-        "general.name": Path(model).name,
+        "general.name": folder_name(model),
         "general.file_type": int(TYPES[type][1]),
         "general.quantization_version": 2,
         **hyper_parameters(config, name),
@@ -84,18 +87,25 @@ def export_gguf(model: str, type: str, out: Path, *, overwrite: bool, trust_remo
         print(f"read back: {len(plans)} tensors and {len(values)} values are the model's, the furthest by {worst:.1e}")
         if llama_cpp.is_installed():
             tolerance = HALF_GELU if type == "f32" and ARCHITECTURES[name].activation != "silu" else TOLERANCE.get(type)
-            _prove_in_llama_cpp(partial, loaded, tokenizer, context, tolerance)
+            _prove_in_llama_cpp(partial, loaded, tokenizer, ids, context, tolerance)
         else:
             print(f"not loaded in llama.cpp, which is not installed; to check it there: {llama_cpp.EXTRA}")
-        partial.replace(out)
+        put(partial, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
+
+
+def folder_name(model: str) -> str:
+    """Returns what a model is called in the file: its folder's name, the run's if that is "model"."""
+    path = Path(model).absolute()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _prove_in_llama_cpp(
     path: Path,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    ids: list[int],
     context: int,
     tolerance: float | None,
 ) -> None:
@@ -119,12 +129,15 @@ def _prove_in_llama_cpp(
                 f"{path.name}: llama.cpp tokenises {text[:40]!r} otherwise: {got[at : at + 5]} for "
                 f"{expected[at : at + 5]} at token {at}; the tokenizer cannot be carried over"
             )
-    rows = held_out_rows(ours[-1], context)
+    rows = held_out_rows(ids or ours[-1], context)
     found = in_child("llama.cpp", llama_cpp.logits, str(path), rows)
     with torch.no_grad():
         reference = model(input_ids=torch.tensor(rows), use_cache=False).logits.float().numpy()
     comparison = compare(found, reference, rows)
-    print(f"llama.cpp: {len(texts)} texts tokenised alike; {len(rows)} × {len(rows[0])} tokens: {comparison}")
+    print(
+        f"llama.cpp: {len(texts)} texts tokenised alike; {len(rows)} × {len(rows[0])} tokens"
+        f"{' that the run held out' if ids else ''}: {comparison}"
+    )
     good = (
         comparison.difference <= tolerance
         if tolerance is not None

@@ -4,6 +4,8 @@ Mirrors `llama_tensor_get_type_impl` and `tensor_type_fallback` of llama.cpp's s
 the types offered here; tests/test_llama_cpp.py compares with what llama.cpp's quantiser really writes.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -122,7 +124,7 @@ def type_lines(plans: Sequence[Plan], type: str) -> list[str]:
     for kind in sorted({plan.type for plan in plans}, key=lambda kind: -_bytes_of(plans, kind)):
         chosen = [plan for plan in plans if plan.type == kind]
         share = sum(plan.num_weights for plan in chosen) / weights
-        lines.append(f"  {kind.name:5} {len(chosen):4} tensors, {share:6.1%} of the weights: {_kinds(chosen)}")
+        lines.append(f"  {kind.name:5} {len(chosen):4} tensors, {share:6.1%} of the weights: {_kinds(chosen, plans)}")
     for kind in sorted({(plan.wanted, plan.type, plan.shape[-1]) for plan in plans if plan.type != plan.wanted}):
         wanted, got, columns = kind
         block = GGML_QUANT_SIZES[wanted][0]
@@ -135,6 +137,10 @@ def _bytes_of(plans: Sequence[Plan], kind: T) -> int:
     return sum(plan.num_bytes for plan in plans if plan.type == kind)
 
 
-def _kinds(plans: Sequence[Plan]) -> str:
-    """Returns the tensors' names without layers, each once."""
-    return ", ".join(dict.fromkeys(plan.name.split(".")[-2] for plan in plans))
+def _kinds(chosen: Sequence[Plan], plans: Sequence[Plan]) -> str:
+    """Returns the chosen tensors' names without layers, with how many of all that are so named if they are not all."""
+    counts, totals = (Counter(re.sub(r"^blk\.\d+\.", "", plan.name) for plan in each) for each in (chosen, plans))
+    return ", ".join(
+        kind.removesuffix(".weight") + (f" ({count} of {totals[kind]})" if count < totals[kind] else "")
+        for kind, count in counts.items()
+    )

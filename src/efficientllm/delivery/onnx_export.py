@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientllm.delivery.export import check_out, check_space, staging
+from efficientllm.delivery.export import check_out, check_space, put, staging
 from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.delivery.proof import compare, held_out_rows, held_out_text
 from efficientllm.errors import ConfigError, EfficientLLMError, UnsupportedModelError
@@ -32,8 +32,11 @@ PAST = "input.past_key_values.layers."
 PRESENT = "output.past_key_values.layers."
 
 
-def export_onnx(model: str, out: Path, *, overwrite: bool, trust_remote_code: bool) -> None:
+def export_onnx(model: str, out: Path, *, ids: list[int], overwrite: bool, trust_remote_code: bool) -> None:
     """Writes a model as ONNX in float32 and proves it in onnxruntime; prints what it does.
+
+    Args:
+        ids: held-out tokens to compare logits on; without any it is text that every Python carries.
 
     Raises:
         EfficientLLMError: it cannot be exported, the output is there, or the proof fails; nothing is left behind then.
@@ -56,11 +59,9 @@ def export_onnx(model: str, out: Path, *, overwrite: bool, trust_remote_code: bo
         if loaded.generation_config is not None:
             loaded.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        rows = held_out_rows(list(tokenizer(held_out_text())["input_ids"]), config.max_position_embeddings)
-        _prove(partial, loaded, rows)
-        if out.exists():
-            out.rename(folder / "replaced")
-        partial.rename(out)
+        ids = ids or list(tokenizer(held_out_text())["input_ids"])
+        _prove(partial, loaded, held_out_rows(ids, config.max_position_embeddings))
+        put(partial, out)
     size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
     print(f"{out}: {size:,} bytes")
 

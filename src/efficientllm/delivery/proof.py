@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -48,6 +49,16 @@ class Comparison:
             f"perplexity {self.perplexity:.4g} ({change:+.2%} of {self.reference:.4g}), "
             f"same likeliest token {self.agreement:.1%}, largest difference {self.difference:.1e} of the largest logit"
         )
+
+
+def held_out_ids(run: Path) -> list[int]:
+    """Returns tokens that a run has held out of its training, if it keeps its data itself; else none."""
+    for pattern in ("*/valid-*.npy", "valid/all-*.npy"):  # as training/corpus.py lays them down
+        for file in sorted((run / "data").glob(pattern)):
+            ids = np.load(file, mmap_mode="r", allow_pickle=False)[: ROWS * ROW_TOKENS]
+            if len(ids) == ROWS * ROW_TOKENS:
+                return [int(number) for number in ids]
+    return []
 
 
 def held_out_text() -> str:
