@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from families import make_model
 
 disable_progress_bar()  # stderr is for errors, which tests read
-VOCAB = 272  # rows of the embeddings: a few more than the tokenizers have ids
+VOCAB = 280  # rows of the embeddings: a few more than the tokenizers have ids
 MERGES = [("h", "e"), ("t", "he"), ("Ġ", "the"), ("i", "n")]
 
 
@@ -27,13 +27,19 @@ def byte_level_tokenizer(split: Any = None, **settings: Any) -> Any:
     return fast(inside)
 
 
-def sentence_piece_tokenizer(merges: list[tuple[str, str]] | None = None) -> Any:
-    """A BPE with byte fall-back, as SentencePiece's are in tokenizer.json."""
+def sentence_piece_tokenizer(merges: list[tuple[str, str]] | None = None, like: str = "llama") -> Any:
+    """A BPE with byte fall-back, as SentencePiece's are in tokenizer.json: Llama 2's, Mistral's or Gemma's way."""
     merges = merges or [("h", "e"), ("▁", "t"), ("i", "n")]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁theina"]
     vocab = {piece: n for n, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
     inside = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    inside.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if like == "llama":
+        inside.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif like == "mistral":
+        inside.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        inside.normalizer = normalizers.Replace(" ", "▁")
+        inside.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     inside.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return fast(inside, unk_token="<unk>")
 

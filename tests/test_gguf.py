@@ -255,7 +255,7 @@ def test_special_tokens_and_chat_template(tmp_path: Path) -> None:
     save(tmp_path / "m", "llama", tokenizer=tokenizer)
     found = values(export(tmp_path / "m"))
     kinds = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
-    assert (kinds["<s>"], kinds["<|user|>"], kinds["<tool>"], kinds["the"], kinds["[PAD271]"]) == (3, 3, 4, 1, 5)
+    assert (kinds["<s>"], kinds["<|user|>"], kinds["<tool>"], kinds["the"], kinds["[PAD279]"]) == (3, 3, 4, 1, 5)
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
     assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (0, 1)
     assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (True, False)

@@ -20,7 +20,7 @@ from efficientllm.cli import main
 from efficientllm.delivery import gguf_export, llama_cpp
 from efficientllm.delivery.child import in_child
 from efficientllm.delivery.gguf_tensors import permute
-from efficientllm.delivery.gguf_tokenizer import PRE_TOKENIZERS
+from efficientllm.delivery.gguf_tokenizer import PRE_TOKENIZERS, swallows_space
 from efficientllm.delivery.gguf_types import TYPES, plan_types
 from efficientllm.delivery.proof import TEXTS
 
@@ -163,16 +163,33 @@ def split(pattern: str) -> Any:
         byte_level_tokenizer(split(TEKKEN), ignore_merges=True),
         byte_level_tokenizer(split(GPT_4O)),
         sentence_piece_tokenizer(),
+        sentence_piece_tokenizer(like="mistral"),
+        sentence_piece_tokenizer(like="gemma"),
     ],
-    ids=["gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "sentence-piece"],
+    ids=["gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "llama-2", "mistral", "gemma"],
 )
 def test_tokenizers(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The export compares TEXTS itself; here also that it would notice."""
     save(tmp_path / "m", "llama", tokenizer=tokenizer)
     assert f"{len(TEXTS) + 1} texts tokenised alike" in export(tmp_path / "m", "f32", capsys)
     found = in_child("llama.cpp", llama_cpp.tokens, f"{tmp_path}/m.gguf", TEXTS)
-    assert found == [tokenizer(text)["input_ids"] for text in TEXTS]
+    same = [ids == tokenizer(text)["input_ids"] for ids, text in zip(found, TEXTS, strict=True)]
+    assert all(same) or ([text for text, is_same in zip(TEXTS, same, strict=True) if not is_same] == [TEXTS[3]])
+    assert all(same) != swallows_space(tokenizer)
     assert found[1] != found[2]
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, lambda: sentence_piece_tokenizer(like="gemma")])
+def test_tokens_of_a_chat(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Special tokens inside a text, and added ones that are words."""
+    tokenizer = make()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.add_tokens(["\n\n", "<tool>"])
+    save(tmp_path / "m", "llama", tokenizer=tokenizer)
+    export(tmp_path / "m", "f32", capsys)
+    texts = ["<|user|>the inn<|end|>\n\n the hen <tool> in it</s>", "\n\n\n", "<tool><tool>the"]
+    found = in_child("llama.cpp", llama_cpp.tokens, f"{tmp_path}/m.gguf", texts)
+    assert found == [tokenizer(text)["input_ids"] for text in texts]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="no shared models here")

@@ -70,6 +70,15 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) ->
     return found
 
 
+def swallows_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Returns whether a space at the beginning of a text is the one that the tokenizer would have put there itself.
+
+    So it is with Metaspace; llama.cpp and SentencePiece put another one before it.
+    """
+    steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    return any(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
+
+
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Returns a normalizer's or pre-tokenizer's steps as a flat list."""
     if step is None:
