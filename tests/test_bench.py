@@ -79,7 +79,7 @@ def test_every_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = bench(capsys, *(str(tmp_path / name) for name in ("m", "m.gguf", "onnx")))
     assert [each["runtime"] for each in found] == ["torch", "llama.cpp", "onnx"]
     assert found[1]["file_size"] == (tmp_path / "m.gguf").stat().st_size < found[0]["file_size"]
-    assert found[1]["peak_memory"] < found[0]["peak_memory"]
+    assert all(each["peak_memory"] < found[0]["peak_memory"] / 2 for each in found[1:])  # no torch in them
 
 
 @pytest.mark.parametrize(

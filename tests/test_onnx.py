@@ -16,7 +16,7 @@ pytest.importorskip("onnxscript")
 
 from efficientllm.cli import main
 from efficientllm.delivery import onnx_export
-from efficientllm.delivery.onnx_export import Session, generate
+from efficientllm.delivery.onnx_runtime import Session, generate
 
 ODD = {"hidden_size": 25, "intermediate_size": 37, "sliding_window": None}
 

@@ -171,7 +171,7 @@ def _in_onnxruntime(
 ) -> tuple[float, float, int]:
     import numpy as np
 
-    from efficientllm.delivery.onnx_export import Session
+    from efficientllm.delivery.onnx_runtime import Session
 
     session = Session(Path(path), threads)
     config = json.loads((Path(path) / "config.json").read_text())

@@ -7,7 +7,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 TEXTS = (
     "",
@@ -80,8 +82,5 @@ def compare(found: NDArray[Any], reference: NDArray[Any], rows: Sequence[Sequenc
 
 
 def _perplexity(logits: NDArray[Any], rows: Sequence[Sequence[int]]) -> float:
-    scores = logits[:, :-1].astype(np.float64)
-    top = scores.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(scores - top).sum(-1)) + top[..., 0]
-    target = np.take_along_axis(scores, np.asarray(rows)[:, 1:, None], -1)[..., 0]
-    return float(np.exp((log_sum - target).mean()))
+    scores = torch.from_numpy(logits)[:, :-1].flatten(0, 1)
+    return float(cross_entropy(scores, torch.tensor(rows)[:, 1:].flatten()).exp())
