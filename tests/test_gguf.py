@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,8 @@ def test_a_file_that_is_not_the_model_is_noticed(
     """The control of reading back: what is written differs from what is compared."""
     from efficientllm.delivery import gguf_export
 
-    def spoilt(path: Path, name: str, metadata: Any, plans: Any, by_name: Any, weights: Any, extra: Any) -> None:
-        weights, metadata = dict(weights), dict(metadata)
+    def spoilt(path: Path, contents: Any, plans: Any, weights: Any) -> None:
+        weights, metadata = dict(weights), dict(contents.values)
         key = "model.layers.1.self_attn.q_proj.weight"
         if spoil == "a weight":
             weights[key] = weights[key].clone().index_fill_(0, torch.tensor(3), 0)
@@ -168,7 +169,7 @@ def test_a_file_that_is_not_the_model_is_noticed(
             weights[key] = permute(weights[key], 6)
         if spoil == "a value":
             metadata["llama.rope.freq_base"] = 1e6
-        write(path, name, metadata, plans, by_name, weights, extra)
+        write(path, replace(contents, values=metadata), plans, weights)
 
     write = gguf_export.write_gguf
     monkeypatch.setattr(gguf_export, "write_gguf", spoilt)

@@ -13,7 +13,7 @@ from efficientllm.delivery.gguf_architecture import (
     find_architecture,
     hyper_parameters,
 )
-from efficientllm.delivery.gguf_file import check_file, write_gguf
+from efficientllm.delivery.gguf_file import Contents, check_file, write_gguf
 from efficientllm.delivery.gguf_tensors import biases, pieces, rope_scaling
 from efficientllm.delivery.gguf_tokenizer import swallows_space, tokenizer_metadata
 from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama_cpp, plan_types, type_lines
@@ -43,50 +43,42 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     import torch
 
     check_out(out, overwrite, folder=False)
-    if needs_llama_cpp(type):
+    use_llama_cpp = needs_llama_cpp(type)
+    if use_llama_cpp:
         llama_cpp.require(f"--type {type}")
     config = load_config(model, trust_remote_code)
     empty = empty_model(config, model)
-    name = find_architecture(config, biases(empty))
     tokenizer = load_tokenizer(model, trust_remote_code)
-    found = pieces(empty, name)
-    scaling, extra = rope_scaling(config, name)
-    values: dict[str, Value] = {
-        "general.type": "model",
-        "general.name": folder_name(model),
-        "general.file_type": int(TYPES[type][1]),
-        "general.quantization_version": 2,
-        **hyper_parameters(config, name),
-        **scaling,
-        **tokenizer_metadata(tokenizer, config.vocab_size),
-    }
-    shapes = [*((piece.name, piece.shape) for piece in found), *((key, array.shape) for key, array in extra.items())]
-    groups = config.num_attention_heads != config.num_key_value_heads
-    layers = config.num_hidden_layers
-    plans = plan_types(shapes, type, num_layers=layers, many_groups=groups, k_types=needs_llama_cpp(type))
-    plain = plan_types(shapes, "f32", num_layers=layers, many_groups=groups, k_types=False)
-    print(f"{model} ({config.model_type}) under llama.cpp's architecture {name}")
-    context = context_length(config, name)
+    contents = _contents(model, empty, tokenizer, type)
+    context = context_length(config, contents.name)
+    print(f"{model} ({config.model_type}) under llama.cpp's architecture {contents.name}")
     if context < config.max_position_embeddings:
-        print(f"  context cut to {context:,} tokens, the sliding window: {name} has none, and needs none up to there")
+        print(f"  context cut to {context:,} tokens, the sliding window: it has none, and needs none up to there")
+    shape = {
+        "num_layers": config.num_hidden_layers,
+        "many_groups": config.num_attention_heads != config.num_key_value_heads,
+    }
+    plans = plan_types(contents.shapes, type, **shape, k_types=use_llama_cpp)
+    plain = plan_types(contents.shapes, "f32", **shape, k_types=False)
     print(*type_lines(plans, type), sep="\n")
-    both = [plans, plain] if needs_llama_cpp(type) else [plans]
+    both = [*plans, *plain] if use_llama_cpp else plans
     vocabulary = 2 * len(tokenizer.backend_tokenizer.to_str())
-    check_space(out, sum(plan.num_bytes for each in both for plan in each) + vocabulary + HEADER_BYTES)
+    check_space(out, sum(plan.num_bytes for plan in both) + vocabulary + HEADER_BYTES)
     loaded = load_model(model, torch.float32, trust_remote_code)
     weights = dict(loaded.named_parameters())
-    by_name = {piece.name: piece for piece in found}
     with staging(out) as folder:
         partial = folder / out.name
-        if needs_llama_cpp(type):
-            write_gguf(folder / "f32.gguf", name, values, plain, by_name, weights, extra)
+        if use_llama_cpp:
+            write_gguf(folder / "f32.gguf", contents, plain, weights)
             llama_cpp.quantize_file(folder / "f32.gguf", partial, int(TYPES[type][1]))
         else:
-            write_gguf(partial, name, values, plans, by_name, weights, extra)
-        worst = check_file(partial, name, values, plans, by_name, weights, extra)
-        print(f"read back: {len(plans)} tensors and {len(values)} values are the model's, the furthest by {worst:.1e}")
+            write_gguf(partial, contents, plans, weights)
+        worst = check_file(partial, contents, plans, weights)
+        count = f"{len(plans)} tensors and {len(contents.values)} values"
+        print(f"read back: {count} are the model's, the furthest by {worst:.1e} of its size")
         if llama_cpp.is_installed():
-            tolerance = HALF_GELU if type == "f32" and ARCHITECTURES[name].activation != "silu" else TOLERANCE.get(type)
+            half_gelu = type == "f32" and ARCHITECTURES[contents.name].activation != "silu"
+            tolerance = HALF_GELU if half_gelu else TOLERANCE.get(type)
             _prove_in_llama_cpp(partial, loaded, tokenizer, ids, context, tolerance)
         else:
             print(f"not loaded in llama.cpp, which is not installed; to check it there: {llama_cpp.EXTRA}")
@@ -95,7 +87,28 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
 
 
-def folder_name(model: str) -> str:
+def _contents(model: str, empty: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", type: str) -> Contents:
+    """Returns all that the file is to hold, from the model without weights.
+
+    Raises:
+        UnsupportedModelError: llama.cpp has no room for the model or its tokenizer.
+    """
+    config = empty.config
+    name = find_architecture(config, biases(empty))
+    scaling, extra = rope_scaling(config, name)
+    values: dict[str, Value] = {
+        "general.type": "model",
+        "general.name": _folder_name(model),
+        "general.file_type": int(TYPES[type][1]),
+        "general.quantization_version": 2,
+        **hyper_parameters(config, name),
+        **scaling,
+        **tokenizer_metadata(tokenizer, config.vocab_size),
+    }
+    return Contents(name, values, {piece.name: piece for piece in pieces(empty, name)}, extra)
+
+
+def _folder_name(model: str) -> str:
     """Returns what a model is called in the file: its folder's name, the run's if that is "model"."""
     path = Path(model).absolute()
     return path.parent.name if path.name == "model" else path.name

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,34 @@ ERROR = {
 }
 
 
-def write_gguf(
-    path: Path,
-    name: str,
-    values: Mapping[str, Value],
-    plans: Sequence[Plan],
-    pieces: Mapping[str, Piece],
-    weights: Mapping[str, Tensor],
-    extra: Mapping[str, Array],
-) -> None:
-    """Writes metadata and tensors.
+@dataclass(frozen=True)
+class Contents:
+    """What a model's file holds, whatever the types of its tensors.
 
-    Args:
+    Attributes:
         name: llama.cpp's architecture.
-        plans: all tensors with their types, in the file's order.
-        pieces: by tensor name, which part of which of `weights` it holds.
+        values: metadata by key.
+        pieces: by tensor name, which part of which parameter it is.
         extra: tensors that no parameter holds.
     """
-    writer = gguf.GGUFWriter(path, name)
+
+    name: str
+    values: Mapping[str, Value]
+    pieces: Mapping[str, Piece]
+    extra: Mapping[str, Array]
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors, rows first, in the file's order."""
+        held = [(name, piece.shape) for name, piece in self.pieces.items()]
+        return held + [(name, array.shape) for name, array in self.extra.items()]
+
+
+def write_gguf(path: Path, contents: Contents, plans: Sequence[Plan], weights: Mapping[str, Tensor]) -> None:
+    """Writes metadata, and the model's weights as planned."""
+    writer = gguf.GGUFWriter(path, contents.name)
     try:
-        for key, value in values.items():
+        for key, value in contents.values.items():
             _add(writer, key, value)
         for plan in plans:
             writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.float32), plan.num_bytes, plan.type)
@@ -60,8 +69,8 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for plan in plans:
-            piece = pieces.get(plan.name)
-            array = piece.stored(weights[piece.param]) if piece else extra[plan.name]
+            piece = contents.pieces.get(plan.name)
+            array = piece.stored(weights[piece.param]) if piece else contents.extra[plan.name]
             writer.write_tensor_data(np.ascontiguousarray(quantize(array, plan.type)))
     except OSError as error:
         raise error if error.errno else OSError(errno.ENOSPC, str(error)) from None  # numpy's own has no number
@@ -82,22 +91,14 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
         writer.add_array(key, value)
 
 
-def check_file(
-    path: Path,
-    name: str,
-    values: Mapping[str, Value],
-    plans: Sequence[Plan],
-    pieces: Mapping[str, Piece],
-    weights: Mapping[str, Tensor],
-    extra: Mapping[str, Array],
-) -> float:
+def check_file(path: Path, contents: Contents, plans: Sequence[Plan], weights: Mapping[str, Tensor]) -> float:
     """Reads a file back and compares everything in it with the model; returns the largest relative error of a tensor.
 
     Raises:
         EfficientLLMError: a value or tensor is missing, too many, or not the model's.
     """
     reader = gguf.GGUFReader(path)
-    for key, value in {"general.architecture": name, **values}.items():
+    for key, value in {"general.architecture": contents.name, **contents.values}.items():
         field = reader.get_field(key)
         found = None if field is None else field.contents()
         if not _same(found, value):
@@ -109,7 +110,7 @@ def check_file(
         raise EfficientLLMError(f"{path}: tensor '{min(extras)}' is missing or too many; report this as a bug")
     worst = 0.0
     for tensor in reader.tensors:
-        plan, piece = planned[tensor.name], pieces.get(tensor.name)
+        plan, piece = planned[tensor.name], contents.pieces.get(tensor.name)
         array = dequantize(np.asarray(tensor.data), tensor.tensor_type)
         if tensor.tensor_type != plan.type or array.shape != plan.shape:
             raise EfficientLLMError(
@@ -119,7 +120,7 @@ def check_file(
         found, expected = (
             (piece.restored(array).numpy(), piece.original(weights[piece.param]).numpy())
             if piece
-            else (array, extra[tensor.name])
+            else (array, contents.extra[tensor.name])
         )
         error = relative_error(found, expected)
         if not error <= ERROR[plan.type]:
