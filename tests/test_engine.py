@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,18 +148,53 @@ def test_a_killed_worker_is_started_again_and_changes_nothing(engine: str, corpu
     assert rows_of(hurt, "removals") == rows_of(unhurt, "removals")
 
 
+@pytest.mark.slow
+def test_a_worker_killed_on_each_of_two_machines_costs_each_one_restart(corpus: Path, tmp_path: Path) -> None:
+    """A torchrun a machine, both on this one; each counts its restarts, and has one."""
+    unhurt, hurt = tmp_path / "unhurt", tmp_path / "hurt"
+    done = torchrun(2, "-m", "efficientllm", *words_of(corpus, unhurt))
+    assert done.returncode == 0, errors_of(done.stderr)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "1"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", endpoint]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "efficientllm", *words_of(corpus, hurt)]
+    machines = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) for _ in "ab"
+    ]
+    try:
+        for machine, step in zip(machines, (10, 22), strict=True):
+            wait_for_step(step, hurt, machine)
+            os.kill(last_worker(machine), signal.SIGKILL)
+        errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(errors)[-4000:]
+    assert (hurt / "model/model.safetensors").read_bytes() == (unhurt / "model/model.safetensors").read_bytes()
+    assert rows_of(hurt, "removals") == rows_of(unhurt, "removals")
+
+
 def kill_at(step: int, out: Path, command: list[str], number: int, worker: bool = False) -> int:
     """Starts a run, sends a signal to it (or to its last worker) once it has logged a step, and returns its code."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        log = out / "metrics.jsonl"
-        if log.exists() and any(row["step"] >= step for row in read_rows(log)):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]) if worker else process.pid, number)
-            break
-        time.sleep(0.05)
+    wait_for_step(step, out, process)
+    os.kill(last_worker(process) if worker else process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert out.exists(), errors[-3000:]
     return process.returncode
+
+
+def wait_for_step(step: int, out: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
+    log = out / "metrics.jsonl"
+    while not (log.exists() and any(row["step"] >= step for row in read_rows(log))):
+        assert process.poll() is None and time.monotonic() < deadline, f"ended, or is slow, before step {step}"
+        time.sleep(0.05)
+
+
+def last_worker(process: "subprocess.Popen[str]") -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])

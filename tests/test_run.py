@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from efficientllm.cli import main
 from efficientllm.training.corpus import open_corpus
 from efficientllm.training.feed import batches, mixture
-from efficientllm.training.folder import stored_config
+from efficientllm.training.folder import new_folder, stored_config
+from efficientllm.training.interruption import Interruption, exit_on_sigterm
 
 SOURCE = Path(__file__).parent.parent / "src/efficientllm/demo/model"
 STEPS, PRUNE_STEPS = 16, 10
@@ -166,6 +167,27 @@ def test_signal_saves_and_resume_ends_with_the_same_bytes(finished: Path, data: 
     assert "resuming" in output and "at step 0" not in output
     assert result_bytes(out) == result_bytes(finished)
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(STEPS + 1))
+
+
+def test_sigterm_twice_still_saves_and_a_ctrl_c_after_it_stops_at_once() -> None:
+    with Interruption() as interruption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sigterm_twice_lets_the_stack_unwind_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, exit_on_sigterm(), new_folder(tmp_path / "run") as staging:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            unwound = staging.exists()  # not reached if the second one raises too
+    assert left.value.code == 143 and unwound and not any(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_damaged_checkpoint_falls_back(finished: Path, tmp_path: Path) -> None:

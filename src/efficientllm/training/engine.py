@@ -1,8 +1,8 @@
 """The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (process.py).
 
-With checkpoint.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and sums
-gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica: hybrid
-sharding).
+With checkpoint.py and meeting.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and
+sums gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica:
+hybrid sharding).
 """
 
 import copy
@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +27,11 @@ from efficientllm.pruning.removal import compact_, kept_entries, select, state_t
 from efficientllm.pruning.saliency import Retired
 from efficientllm.pruning.selection import Removal
 from efficientllm.space.dims import Space
+from efficientllm.training.meeting import PATIENCE, meet
 from efficientllm.training.process import WAITING_UNITS, Engine, Precision, training_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PATIENCE = timedelta(hours=12)  # ranks wait while the first one tokenises; torchrun ends them if one dies
 
 
 class _Ranks(Engine):
@@ -42,9 +40,7 @@ class _Ranks(Engine):
     def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:
         super().__init__(device, precision, compiles)
         if not dist.is_initialized():
-            store, rank, num_ranks = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
-            # torchrun keeps the store, and with it a dead attempt's addresses
-            store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
+            store, rank, num_ranks = meet()
             # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
@@ -278,11 +274,6 @@ def on_meta(model: "PreTrainedModel") -> Any:
     for param in model.parameters():
         empty[id(param)] = nn.Parameter(empty[id(param)], requires_grad=param.requires_grad)
     return copy.deepcopy(model, empty)
-
-
-def num_restarts() -> int:
-    """Returns how often torchrun has started the workers again after one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def start_engine(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second stops it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and stop; a Ctrl-C after that stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # exit codes 130 and 143
 
 
 class Interruption:
-    """While it is entered, `signal` becomes the number of a signal that came; a second one raises KeyboardInterrupt."""
+    """While it is entered, `signal` becomes the number of the first signal; a SIGINT after it raises KeyboardInterrupt.
+
+    SIGTERM may come twice for one reason: Slurm sends it to every process of a job, and torchrun passes its own on.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -27,9 +30,9 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
 
 @contextmanager
@@ -37,6 +40,7 @@ def exit_on_sigterm() -> Iterator[None]:
     """Lets SIGTERM unwind the stack meanwhile, so that what is half-written is removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the removing
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, leave)

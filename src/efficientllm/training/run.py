@@ -14,11 +14,12 @@ from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
-from efficientllm.training.engine import num_restarts, start_engine
+from efficientllm.training.engine import start_engine
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
+from efficientllm.training.meeting import started_before
 from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
@@ -38,7 +39,7 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     """
     check_installed(config.log_to)
     out = Path(config.out).expanduser()
-    resume = resume or (num_restarts() > 0 and out.exists())
+    resume = resume or (started_before() and out.exists())
     with exit_on_sigterm():
         return _resume(config, out) if resume else _begin(config, out)
 

@@ -1,0 +1,63 @@
+"""How the ranks that torchrun starts find each other, also after a worker has died and all were started again.
+
+torchrun keeps one store as long as it lives, with the addresses of workers that are dead, and every machine's torchrun
+counts restarts by itself (pytorch/pytorch#108158, #135712): neither tells which attempt this is.
+"""
+
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+PATIENCE = timedelta(hours=12)  # ranks wait while the first one tokenises; torchrun ends them if one dies
+LOOK_SECONDS = 0.1  # between two looks at the store; asleep, a rank can still be stopped by a signal
+
+
+def meet() -> tuple[Store, int, int]:
+    """Returns a store that the ranks of this attempt alone share, this rank, and the number of ranks.
+
+    torchrun starts no rank before all of the attempt before are dead, so whoever answers lives.
+    """
+    store, rank, num_ranks = _rendezvous()
+    if not _torchrun_keeps_store():
+        return store, rank, num_ranks
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("first", me)
+        for other in range(1, num_ranks):
+            while not store.check([f"{me}/{other}"]):
+                time.sleep(LOOK_SECONDS)
+            theirs = store.get(f"{me}/{other}").decode()
+            store.set(f"{me}/{other}/{theirs}", "seen")
+        first = me
+    else:
+        first = ""
+        while not (first and store.check([f"{first}/{rank}/{me}"])):
+            first = store.get("first").decode()  # perhaps a dead one, which will not answer
+            store.set(f"{first}/{rank}", me)
+            time.sleep(LOOK_SECONDS)
+    return dist.PrefixStore(first, store), rank, num_ranks  # type: ignore[attr-defined]
+
+
+def started_before() -> bool:
+    """Returns whether torchrun has started this rank before: a worker died somewhere, and all begin anew.
+
+    To be asked once by each worker, before it meets the others: no run folder is made before all have been asked, so
+    they agree on whether a folder is theirs.
+    """
+    if not _torchrun_keeps_store():
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    store, rank, _ = _rendezvous()
+    return bool(store.add(f"started/{rank}", 1) > 1)
+
+
+def _rendezvous() -> tuple[Store, int, int]:
+    found: tuple[Store, int, int] = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
+    return found
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
