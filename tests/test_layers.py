@@ -51,7 +51,7 @@ def test_mathematics_takes_tensors_and_numbers(name: str) -> None:
 
 def test_distributed_is_the_business_of_engines_and_checkpoints() -> None:
     found = {file.name for file in FILES if any(name.startswith("torch.distributed") for name in imports(file))}
-    assert found == {"engine.py", "checkpoint.py", "meeting.py"}
+    assert found == {"engine.py", "checkpoint.py"}
 
 
 def test_every_folder_is_a_layer() -> None:

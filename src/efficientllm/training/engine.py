@@ -1,8 +1,8 @@
 """The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (process.py).
 
-With checkpoint.py and meeting.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and
-sums gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica:
-hybrid sharding).
+With checkpoint.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and sums
+gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica: hybrid
+sharding).
 """
 
 import copy
@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,11 +28,13 @@ from efficientllm.pruning.removal import compact_, kept_entries, select, state_t
 from efficientllm.pruning.saliency import Retired
 from efficientllm.pruning.selection import Removal
 from efficientllm.space.dims import Space
-from efficientllm.training.meeting import PATIENCE, meet
-from efficientllm.training.process import WAITING_UNITS, Engine, Precision, training_dtype
+from efficientllm.training.meeting import is_restart, meet
+from efficientllm.training.process import WAITING_UNITS, Engine, Precision, on_meta, training_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PATIENCE = timedelta(hours=12)  # ranks wait while the first one tokenises; torchrun ends them if one dies
 
 
 class _Ranks(Engine):
@@ -40,7 +43,8 @@ class _Ranks(Engine):
     def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:
         super().__init__(device, precision, compiles)
         if not dist.is_initialized():
-            store, rank, num_ranks = meet()
+            store, rank, num_ranks = _rendezvous()
+            store = dist.PrefixStore(meet(store, rank, num_ranks), store)  # type: ignore[attr-defined]
             # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
@@ -267,13 +271,14 @@ class FSDP(_Ranks):
         return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def on_meta(model: "PreTrainedModel") -> Any:
-    """Returns a copy without weights: ties, settings and methods as they are, no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    empty: dict[int, Any] = {id(each): each.detach().to("meta") for each in tensors}
-    for param in model.parameters():
-        empty[id(param)] = nn.Parameter(empty[id(param)], requires_grad=param.requires_grad)
-    return copy.deepcopy(model, empty)
+def started_before() -> bool:
+    """Returns whether torchrun has started this process before, because a worker died; asked once, at the start."""
+    return "WORLD_SIZE" in os.environ and is_restart(*_rendezvous()[:2])
+
+
+def _rendezvous() -> tuple[Any, int, int]:
+    found: tuple[Any, int, int] = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
+    return found
 
 
 def start_engine(

@@ -7,23 +7,21 @@ counts restarts by itself (pytorch/pytorch#108158, #135712): neither tells which
 import os
 import time
 import uuid
-from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
-PATIENCE = timedelta(hours=12)  # ranks wait while the first one tokenises; torchrun ends them if one dies
 LOOK_SECONDS = 0.1  # between two looks at the store; asleep, a rank can still be stopped by a signal
 
 
-def meet() -> tuple[Store, int, int]:
-    """Returns a store that the ranks of this attempt alone share, this rank, and the number of ranks.
+def meet(store: "Store", rank: int, num_ranks: int) -> str:
+    """Returns a name that the ranks of this attempt share and those of no other know.
 
     torchrun starts no rank before all of the attempt before are dead, so whoever answers lives.
     """
-    store, rank, num_ranks = _rendezvous()
     if not _torchrun_keeps_store():
-        return store, rank, num_ranks
+        return ""
     me = uuid.uuid4().hex
     if rank == 0:
         store.set("first", me)
@@ -32,17 +30,16 @@ def meet() -> tuple[Store, int, int]:
                 time.sleep(LOOK_SECONDS)
             theirs = store.get(f"{me}/{other}").decode()
             store.set(f"{me}/{other}/{theirs}", "seen")
-        first = me
-    else:
-        first = ""
-        while not (first and store.check([f"{first}/{rank}/{me}"])):
-            first = store.get("first").decode()  # perhaps a dead one, which will not answer
-            store.set(f"{first}/{rank}", me)
-            time.sleep(LOOK_SECONDS)
-    return dist.PrefixStore(first, store), rank, num_ranks  # type: ignore[attr-defined]
+        return me
+    first = ""
+    while not (first and store.check([f"{first}/{rank}/{me}"])):
+        first = store.get("first").decode()  # perhaps a dead one, which will not answer
+        store.set(f"{first}/{rank}", me)
+        time.sleep(LOOK_SECONDS)
+    return first
 
 
-def started_before() -> bool:
+def is_restart(store: "Store", rank: int) -> bool:
     """Returns whether torchrun has started this rank before: a worker died somewhere, and all begin anew.
 
     To be asked once by each worker, before it meets the others: no run folder is made before all have been asked, so
@@ -50,13 +47,7 @@ def started_before() -> bool:
     """
     if not _torchrun_keeps_store():
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    store, rank, _ = _rendezvous()
     return bool(store.add(f"started/{rank}", 1) > 1)
-
-
-def _rendezvous() -> tuple[Store, int, int]:
-    found: tuple[Store, int, int] = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
-    return found
 
 
 def _torchrun_keeps_store() -> bool:

@@ -1,5 +1,6 @@
 """The engine of one process; those of several (engine.py) override what more than one needs."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,3 +125,12 @@ class Engine(Layout):
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype of weights and moments: float32, or a model's own where that is wider."""
     return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
+def on_meta(model: "PreTrainedModel") -> Any:
+    """Returns a copy without weights: ties, settings and methods as they are, no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    empty: dict[int, Any] = {id(each): each.detach().to("meta") for each in tensors}
+    for param in model.parameters():
+        empty[id(param)] = nn.Parameter(empty[id(param)], requires_grad=param.requires_grad)
+    return copy.deepcopy(model, empty)

@@ -14,12 +14,11 @@ from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
-from efficientllm.training.engine import start_engine
+from efficientllm.training.engine import start_engine, started_before
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.meeting import started_before
 from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
