@@ -47,8 +47,8 @@ def test_every_engine_prunes_as_one_process_does(num_ranks: int, engines: str, f
     assert "ranks 0 and 1 chose different units" in told["error"] and "nothing was removed" in told["error"]
     assert half["gathered"] == ["torch.bfloat16"] and half["kept"] == ["torch.float32"]
     assert half["losses"] == pytest.approx(half["exact"], rel=1e-2) and half["losses"] != half["exact"]
-    # A and B of every family, and the first one moved there and back
-    assert len(results) == len(engines.split(",")) * (2 * len(families.split(",")) + 2)
+    # A and B of every family; the first one moved there and back, and with the Fisher form, an average, checkpointing
+    assert len(results) == len(engines.split(",")) * (2 * len(families.split(",")) + 3)
     for case, found in results.items():
         assert found["removals"] > 25 and found["same_removals"], case
         # norms compute in float32 whatever the weights are: a sum in another order may flip a rounding there
@@ -115,10 +115,9 @@ def check_equal(out: Path, expected: Path) -> None:
         for key in ("loss", "valid_loss"):
             if theirs.get(key) is not None:
                 assert mine[key] == pytest.approx(theirs[key], rel=5e-3), mine["step"]
-    config = json.loads((out / "model/config.json").read_text())
-    assert config["intermediate_size"] == pytest.approx(
-        json.loads((expected / "model/config.json").read_text())["intermediate_size"], abs=1
-    )
+    mine, theirs = (json.loads((run / "model/config.json").read_text()) for run in (out, expected))
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        assert mine[key] == pytest.approx(theirs[key], abs=1), key  # a tile of a model this small
 
 
 @pytest.mark.slow
@@ -130,7 +129,8 @@ def test_a_run_on_two_ranks_goes_on_alone_and_on_four(
     launch = ["-m", "efficientllm"]
     kill_at(12, out, torchrun_command(2, *launch, *words_of(corpus, out), "--engine", engine), signal.SIGTERM)
     assert (out / "checkpoints").exists() and not (out / "model").exists()
-    kill_at(20, out, [sys.executable, *launch, "prune", "--resume", "--out", str(out)], signal.SIGTERM)
+    resume = [sys.executable, *launch, "prune", "--resume", "--out", str(out)]
+    assert kill_at(20, out, resume, signal.SIGTERM) == 128 + signal.SIGTERM and not (out / "model").exists()
     done = torchrun(4, *launch, "prune", "--resume", "--out", str(out), "--engine", "fsdp", "--shards", "2")
     assert done.returncode == 0, errors_of(done.stderr)
     check_equal(out, one_process)

@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
         except (EfficientLLMError, OSError) as error:
-            if os.environ.get("RANK", "0") == "0":  # under torchrun every rank fails alike
+            # under torchrun every rank fails alike, but for what only one of them has
+            if os.environ.get("RANK", "0") == "0" or getattr(error, "one_rank", False):
                 print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

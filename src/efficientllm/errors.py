@@ -35,4 +35,8 @@ class CheckpointError(EfficientLLMError):
 
 
 class TrainingError(EfficientLLMError):
-    """A run that cannot go on."""
+    """A run that cannot go on; `one_rank`: for a reason that other ranks do not have, so that this one must tell it."""
+
+    def __init__(self, message: str, *, one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.one_rank = one_rank

@@ -27,7 +27,7 @@ class InputSampler:
         names = {tuple(names): names[0] for names in consumer_inputs(space).values()}.values()
         self.readers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
-        self._hooks = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._collect)]
+        self._hooks = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self.collect)]
         for reader in self.readers.values():
             reader.kept_inputs = []
             self._hooks.append(reader.register_forward_pre_hook(keep_input))
@@ -48,24 +48,30 @@ class InputSampler:
             reader.__dict__.pop("kept_inputs", None)
         self.readers = {}
 
-    def _begin(self, *pass_: Any) -> None:
-        for reader in self.readers.values():
-            reader.kept_inputs.clear()  # a checkpointed block puts them down again in the backward pass
+    def collect(self, *pass_: Any) -> None:
+        """Takes what a pass has put down; until the next begins, checkpointed blocks that run again put down nothing.
 
-    def _collect(self, *pass_: Any) -> None:
+        A loop that calls the decoder below its head does not come here, and collects when it compensates.
+        """
         for name, reader in self.readers.items():
-            for X in reader.kept_inputs:
+            for X in reader.kept_inputs or ():
                 room = row_cap(X) - sum(len(rows) for rows in self.rows[name])
                 if room > 0:
-                    self.rows[name].append(X if len(X) <= room else thinned(X, room))
-            reader.kept_inputs.clear()
+                    self.rows[name].append(thinned(X, room))
+            reader.kept_inputs = None
+
+    def _begin(self, *pass_: Any) -> None:
+        for reader in self.readers.values():
+            reader.kept_inputs = []
 
 
 def keep_input(reader: Any, args: tuple[Any, ...]) -> None:
     """The hook: puts the rows of a module's input down on the module, at most as many as are kept of a step."""
-    if torch.is_grad_enabled():  # not in an evaluation
+    if torch.is_grad_enabled() and reader.kept_inputs is not None:  # neither in an evaluation nor for the second time
         X = args[0].detach().flatten(0, -2)
-        reader.kept_inputs.append(thinned(X, row_cap(X)))
+        room = row_cap(X) - sum(len(rows) for rows in reader.kept_inputs)
+        if room > 0:
+            reader.kept_inputs.append(thinned(X, room))
 
 
 def row_cap(X: Tensor) -> int:
@@ -113,6 +119,7 @@ def compensate_(
 def _compensate_(
     model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler, layout: Layout
 ) -> None:
+    sampler.collect()
     removed: dict[str, set[int]] = defaultdict(set)
     for dim in space.dims():
         if units.get(dim.name):

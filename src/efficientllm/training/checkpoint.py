@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 MANIFEST, SHARDS = "manifest.json", "shards"
+PATIENCE = timedelta(hours=12)  # for the slowest rank's part
 KEPT = 2  # the last good one, and one to fall back on
 
 
@@ -77,7 +79,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_before: int) -> None:
         self.folder, self.keep_before = folder, keep_before
         # a group of its own: these collectives run in a thread, beside those of the training
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         self._is_main = self._group is None or dist.get_rank() == 0
         self._closer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
@@ -142,7 +144,7 @@ class Checkpoints:
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             sums = {str(file.relative_to(partial)): _sha256(file) for file in files}
             (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
-            for file in (*partial.iterdir(), partial / SHARDS):
+            for file in (*partial.iterdir(), partial):
                 _fsync(file)
             final = self.folder / f"step-{step:08d}"
             if final.exists():  # of a run that was cut back to an earlier step
@@ -174,6 +176,12 @@ def last_checkpoint(
     if paths:
         raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start from step 0")
     return None
+
+
+def open_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Returns the checkpoint of a step that another rank has found to be whole."""
+    path = folder / f"step-{step:08d}"
+    return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
 def _damage(path: Path) -> str | None:

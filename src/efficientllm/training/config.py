@@ -11,6 +11,7 @@ from typing import Any, get_args
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import parse_count
 
+AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are without a value
 PACES = ("prune_tokens", "slot_steps", "removals_per_step")
 
 
@@ -124,7 +125,7 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
 
 def _value(name: str, value: Any) -> Any:
     kind: Any = FIELDS[name].type
-    if value is None or (value == "auto" and FIELDS[name].default is None):
+    if value is None or (value == "auto" and name in AUTO):
         return FIELDS[name].default
     if isinstance(kind, UnionType):
         kind = get_args(kind)[0]

@@ -12,8 +12,12 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def find_device() -> torch.device:
-    """Returns the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns this process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def default_precision(device: torch.device, params: int) -> str:
@@ -35,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Returns the memory that is free on the device, in bytes; on a CPU within the container's limit."""
+    """Returns the memory that is free for this process, in bytes; on a CPU its part of the machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -44,7 +48,7 @@ def memory_bytes(device: torch.device) -> int:
             free = min(free, int(Path(path).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def physical_cores() -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PATIENCE = timedelta(hours=12)  # ranks wait while the first one tokenises; torchrun ends them if one dies
+CLAIMED = "run folder"  # in torchrun's store
 
 
 class _Ranks(Engine):
@@ -42,12 +43,7 @@ class _Ranks(Engine):
 
     def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:
         super().__init__(device, precision, compiles)
-        if not dist.is_initialized():
-            store, rank, num_ranks = _rendezvous()
-            store = dist.PrefixStore(meet(store, rank, num_ranks), store)  # type: ignore[attr-defined]
-            # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
+        _join(device)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
 
     def mean(self, number: Tensor) -> Tensor:
@@ -97,7 +93,7 @@ class DDP(_Ranks):
 
     def wrap(self, model: "PreTrainedModel") -> Any:
         super().wrap(model)
-        self._sync(model)
+        self._sync(model, first=True)
         return model
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
@@ -114,8 +110,10 @@ class DDP(_Ranks):
         self._sync(model)
         return model
 
-    def _sync(self, model: nn.Module) -> None:
-        self._replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    def _sync(self, model: nn.Module, first: bool = False) -> None:
+        self._replica = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=first
+        )
 
 
 class FSDP(_Ranks):
@@ -272,8 +270,41 @@ class FSDP(_Ranks):
 
 
 def started_before() -> bool:
-    """Returns whether torchrun has started this process before, because a worker died; asked once, at the start."""
-    return "WORLD_SIZE" in os.environ and is_restart(*_rendezvous()[:2])
+    """Returns whether torchrun has started this process before, because a worker died, and the run folder was made.
+
+    Asked once, at the start.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    store, rank, _ = _rendezvous()
+    return is_restart(store, rank) and store.check([CLAIMED])
+
+
+def claim_folder() -> None:
+    """Notes that the run folder is this job's own: what torchrun starts again goes on with it."""
+    if "WORLD_SIZE" in os.environ:
+        _rendezvous()[0].set(CLAIMED, "1")
+
+
+def least_of_ranks(number: int, device: torch.device) -> int:
+    """Returns the least that any rank gives: what all decide by, where each would decide otherwise."""
+    if "WORLD_SIZE" not in os.environ:
+        return number
+    _join(device)
+    least = torch.tensor(number)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def _join(device: torch.device) -> None:
+    """Makes the group of all ranks, if there is none yet."""
+    if dist.is_initialized():
+        return
+    store, rank, num_ranks = _rendezvous()
+    store = dist.PrefixStore(meet(store, rank, num_ranks), store)  # type: ignore[attr-defined]
+    # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
 
 
 def _rendezvous() -> tuple[Any, int, int]:
@@ -291,7 +322,4 @@ def start_engine(
     """
     if "WORLD_SIZE" not in os.environ:
         return Engine(device, precision, compiles)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     return DDP(device, precision, compiles) if name == "ddp" else FSDP(device, precision, compiles, shards)

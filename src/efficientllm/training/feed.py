@@ -62,7 +62,7 @@ def batches(
 
 
 def on_device(parts: Iterator[NDArray[np.int64]], device: "torch.device") -> "Iterator[torch.Tensor]":
-    """The batches as tensors on a device; to a GPU each goes from pinned memory while the one before is computed on."""
+    """The batches as tensors on a device; to a GPU from pinned memory, one ahead of the step under way."""
     import torch
 
     if device.type == "cpu":

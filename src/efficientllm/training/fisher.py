@@ -22,7 +22,8 @@ class Fisher:
             gradient, param.grad = param.grad, None
             square = (gradient * self.count).square_() / self.count
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
-            self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
+            # a copy: DDP's gradients are views of buckets that the next micro-batch overwrites
+            self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient.clone()
 
     def finish(self) -> dict[str, Tensor]:
         """Puts the whole gradient back into the model and returns F by parameter name."""

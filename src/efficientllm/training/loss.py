@@ -82,6 +82,8 @@ def next_token_loss(
 
     Equals `cross_entropy(scale * h @ W.T, targets)` in float32 or above. Under autocast the products run in its dtype.
     """
+    if not torch.is_grad_enabled():  # a Function computes every gradient that its inputs could have
+        h, W = h.detach(), W.detach()
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         h, W, targets, scale, cap, chunk, slopes or loss_and_slopes_
     )
@@ -141,7 +143,9 @@ class _ChunkedLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        grads, ctx.grads = ctx.grads, (None, None)
+        if ctx.grads is None:
+            raise RuntimeError("the chunked loss has been differentiated already; compute it again")
+        grads, ctx.grads = ctx.grads, None
         grad_h, grad_W = (
             None if grad is None else grad.mul_(slope).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )

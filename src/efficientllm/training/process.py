@@ -108,7 +108,7 @@ class Engine(Layout):
         if any(param.is_meta for param in model.parameters()):
             model.to_empty(device=self.device)
             model.tie_weights()  # a move has untied them
-        model.to(self.device, training_dtype(model))
+        owned_(model).to(self.device, training_dtype(model))
 
     def _compile(self, model: Any) -> None:
         """Compiles the layers' forward functions, one graph for all of a shape; hooks stay outside."""
@@ -134,3 +134,11 @@ def on_meta(model: "PreTrainedModel") -> Any:
     for param in model.parameters():
         empty[id(param)] = nn.Parameter(empty[id(param)], requires_grad=param.requires_grad)
     return copy.deepcopy(model, empty)
+
+
+def owned_(model: nn.Module) -> nn.Module:
+    """Moves weights out of the mapped file that they were read from: its alignment would change how sums round."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.data = param.data.clone()
+    return model

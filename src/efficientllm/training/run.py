@@ -10,11 +10,11 @@ import torch
 from efficientllm.delivery.load import empty_model, load_config, load_model
 from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
-from efficientllm.training.checkpoint import Checkpoint, last_checkpoint
+from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, open_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
-from efficientllm.training.engine import start_engine, started_before
+from efficientllm.training.engine import claim_folder, least_of_ranks, start_engine, started_before
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
@@ -47,8 +47,7 @@ def _begin(config: RunConfig, out: Path) -> int:
     validate(config)
     check_new(out)
     source = open_source(config)
-    engine, config = _engine(config, source)
-    recipe, config = _resolve(config, source, engine)
+    engine, recipe, config = _decide(config, source)
     model = _initial_model(config, engine)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     _introduce(display, config, source, recipe, engine)
@@ -56,6 +55,7 @@ def _begin(config: RunConfig, out: Path) -> int:
         with new_folder(out) as staging:
             _open_corpus(config, source, staging / "data", display)
             write_config(staging, config)
+        claim_folder()
     engine.wait()  # the folder has its name now
     corpus = _open_corpus(config, source, out / "data", display)
     code = Run(config, out, source, recipe, corpus, display, engine).go(model, None)
@@ -72,11 +72,10 @@ def _resume(config: RunConfig, out: Path) -> int:
         print(f"{out} is finished: the result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}")
         return 0
     source = open_source(config)
-    engine, config = _engine(config, source)
-    recipe, config = _resolve(config, source, engine)
+    engine, recipe, config = _decide(config, source)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     at_most = make_recipe(stored, source.space, source.limits).decay_start if more else None
-    checkpoint = last_checkpoint(out / "checkpoints", at_most, display.warn)
+    checkpoint = _agreed_checkpoint(out / "checkpoints", at_most, display, engine)
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
         raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; bring it back")
@@ -85,6 +84,7 @@ def _resume(config: RunConfig, out: Path) -> int:
         if more:
             _reopen(out, stored, checkpoint)
         write_config(out, config)
+        claim_folder()
     engine.wait()
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
     model = empty_model(checkpoint.config(), str(out)) if checkpoint else _initial_model(config, engine)
@@ -93,20 +93,16 @@ def _resume(config: RunConfig, out: Path) -> int:
     return code
 
 
-def _engine(config: RunConfig, source: Source) -> tuple[Engine, RunConfig]:
-    """Returns what this process trains with, and the config with what it decided."""
+def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfig]:
+    """Returns what this process trains with, the recipe, and the config with everything filled in that was decided."""
     device = find_device()
     params = source.space.num_params(source.limits.source)
-    name = config.engine or ("fsdp" if config.shards else default_engine(params, memory_bytes(device)))
+    free = least_of_ranks(memory_bytes(device), device)
+    name = config.engine or ("fsdp" if config.shards else default_engine(params, free))
     precision = config.precision or default_precision(device, params)
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
-    return engine, replace(config, precision=precision, threads=threads)
-
-
-def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe, RunConfig]:
-    """Returns the recipe and the config with everything filled in that decides the result."""
     recipe = make_recipe(config, source.space, source.limits)
     rows = rank_rows(config, engine.num_ranks)
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
@@ -114,7 +110,7 @@ def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe,
         source.limits.source,
         rows=rows,
         seq_len=config.seq_len,
-        memory_bytes=memory_bytes(engine.device),
+        memory_bytes=free,
         most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
         compensate=config.compensate,
         fisher=config.saliency == "fisher",
@@ -123,7 +119,15 @@ def _resolve(config: RunConfig, source: Source, engine: Engine) -> tuple[Recipe,
         engine=engine.name,
         shards=engine.shards,
     )
-    return recipe, replace(config, lr=recipe.lr, micro_batch_size=micro_batch_size)
+    found = {"lr": recipe.lr, "micro_batch_size": micro_batch_size, "precision": precision, "threads": threads}
+    return engine, recipe, replace(config, **found)  # type: ignore[arg-type]
+
+
+def _agreed_checkpoint(folder: Path, at_most: int | None, display: Display, engine: Engine) -> Checkpoint | None:
+    """Returns the checkpoint that the main rank finds; it alone reads all of it to see that it is whole."""
+    found = last_checkpoint(folder, at_most, display.warn) if engine.is_main else None
+    (step,) = engine.largest(found.step if found else -1)
+    return found or (open_checkpoint(folder, step) if step >= 0 else None)
 
 
 def _initial_model(config: RunConfig, engine: Engine) -> "PreTrainedModel":

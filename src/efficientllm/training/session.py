@@ -57,6 +57,7 @@ class Run:
         )
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
+        self.saved_step = -1
         self.settle_steps = 1 if engine.device.type == "cpu" else SETTLE_STEPS
 
     def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
@@ -79,13 +80,14 @@ class Run:
                 if stopped_by:
                     self._checkpoint()
                 self.checkpoints.finish()
+                self.engine.wait()  # the last one has its name
             if stopped_by:
                 self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
                 return 128 + stopped_by
             self._finish()
             return 0
         except TrainingError as error:
-            raise TrainingError(f"{error}; {self._last_good()}") from None
+            raise TrainingError(f"{error}; {self._last_good()}", one_rank=error.one_rank) from None
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"writing to {self.out} failed ({error}); free space, then: {self._resume_command()}"
@@ -94,7 +96,9 @@ class Run:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"out of memory beside the passes; use more ranks with --engine fsdp; {self._last_good()}"
+                f"rank {self.engine.rank} is out of memory beside the passes; use more ranks with --engine fsdp; "
+                f"{self._last_good()}",
+                one_rank=True,
             ) from None
         finally:
             for log in (self.metrics, self.removals, self.external):
@@ -116,16 +120,16 @@ class Run:
                 self.removals.append({**removal.as_row(), "tokens": trainer.tokens})
             validates = trainer.phase != phase or trainer.done or _divides(config.eval_every, step)
             saves = trainer.done or step == recipe.decay_start or _divides(config.checkpoint_every, step)
-            if not (removals or validates or saves or step % self.settle_steps == 0):
+            # a signal or the clock may reach one rank before another: what counts is what they agree on
+            late = not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS
+            signal, overdue = self.engine.largest(interruption.signal, late)
+            if not (removals or validates or saves or overdue or signal or step % self.settle_steps == 0):
                 continue  # nothing waits for the device
             *rows, last = trainer.metrics.settle()
             for row in [*rows, self._validated(last) if validates else last]:
                 self._log({**row, "epoch": round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)})
                 for message in row.get("warnings", ()):
                     self.display.warn(f"step {row['step']}: {message}")
-            late = not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS
-            # a signal or the clock may reach one rank before another: what counts is what they agree on
-            signal, overdue = self.engine.largest(interruption.signal, late)
             if saves or overdue:
                 self._checkpoint()
                 saved = time.monotonic()
@@ -167,6 +171,9 @@ class Run:
         self.display.show(row)
 
     def _checkpoint(self) -> None:
+        if self.saved_step == self.trainer.step:  # a signal came while this step was being saved
+            return
+        self.saved_step = self.trainer.step
         self.metrics.sync()
         self.removals.sync()
         trainer = self.trainer
@@ -240,7 +247,7 @@ class Run:
         return f"efficientllm prune --resume --out {quote(self.config.out)}"
 
     def _last_good(self) -> str:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             self.checkpoints.finish()
         checkpoint = last_checkpoint(self.out / "checkpoints")
         step = checkpoint.step if checkpoint else 0

@@ -59,7 +59,7 @@ class Trainer:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         chunked_loss_(model, engine.compiled(loss_and_slopes_))
-        model = engine.wrap(owned_(model))
+        model = engine.wrap(model)
         self.optimizer = make_optimizer(model, recipe)
         self._lr_factor = get_wsd_schedule(
             self.optimizer,
@@ -162,7 +162,7 @@ class Trainer:
         return {**params, **moments}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns all else that a resumed run needs, once nothing is pending: JSON values, tensors of every rank."""
+        """Returns all else that a resumed run needs, once nothing is pending: JSON values, and tensors."""
         pruner = self.pruner.state_dict()
         extra = {f"average.{kind}": scores for kind, scores in pruner.pop("average").items()}
         extra |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
@@ -173,7 +173,7 @@ class Trainer:
         state = {
             "step": self.step,
             "optimizer_step": float(counters[0]) if counters else None,  # the same of every parameter
-            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_size": {"given": self.config.micro_batch_size, "used": self.micro_batch_size},
             "pruner": pruner,
             "metrics": self.metrics.state_dict(),
         }
@@ -198,7 +198,8 @@ class Trainer:
         self.pruner.load_state_dict({**state["pruner"], "average": average})
         self.metrics.load_state_dict(state["metrics"])
         self.step = state["step"]
-        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+        if state["micro_batch_size"]["given"] == self.config.micro_batch_size:  # else a flag has changed it
+            self.micro_batch_size = state["micro_batch_size"]["used"]
         torch.set_rng_state(extra["random.cpu"])
         if "random.cuda" in extra and self.engine.device.type == "cuda":
             torch.cuda.set_rng_state(extra["random.cuda"], self.engine.device)
@@ -227,7 +228,9 @@ class Trainer:
         if not smaller:
             raise TrainingError(f"{found}; add --activation-checkpointing, or more ranks with --engine fsdp")
         if self.engine.num_ranks > 1:  # the others wait for a sum that this rank will not come to
-            raise TrainingError(f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}")
+            raise TrainingError(
+                f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}", one_rank=True
+            )
         self.micro_batch_size = smaller
         self._notes.append(f"{found}; going on with {smaller}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -263,12 +266,3 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=BETAS, eps=EPS, fused=True)
-
-
-def owned_(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Moves weights out of the mapped file that they were read from: its alignment would change how sums round."""
-    with torch.no_grad():
-        for param in model.parameters():
-            if not param.is_meta:
-                param.data = param.data.clone()
-    return model
