@@ -67,7 +67,7 @@ def save(trainer: Trainer, folder: Path) -> Checkpoint:
     """Writes a checkpoint as a run does; all ranks of the trainer's engine come here."""
     engine = trainer.engine
     checkpoints = Checkpoints(folder, 0) if engine.num_ranks > 1 else alone(lambda: Checkpoints(folder, 0))
-    checkpoints.save(trainer.tensors(), *trainer.state(), trainer.model.config)
+    checkpoints.save(engine.share(trainer.tensors()), *trainer.state(), trainer.model.config)
     train(trainer, trainer.step + 1)  # goes on while it is written; what is saved must not move with it
     checkpoints.finish()
     engine.wait()

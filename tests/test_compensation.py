@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from efficientllm.pruning import activations
+from efficientllm.pruning import Pruner, SlotPace, activations
 from efficientllm.pruning.activations import InputSampler, compensate_, consumer_inputs
 from efficientllm.pruning.compensation import DAMP, damped_, gram, solve, update
 from efficientllm.pruning.removal import retire_
@@ -209,3 +210,27 @@ def test_autocast_does_not_reach_the_solve() -> None:
             compensate_(model, space, {dim.name: [1, 4] for dim in space.bundles["ffn"].dims}, sampler)
         results.append(model.model.layers[1].mlp.down_proj.weight.detach())
     assert torch.equal(*results)
+
+
+def test_a_loop_that_has_its_own_head_is_compensated_too() -> None:
+    """Oracle: the same loop through the model's own forward pass."""
+    weights = []
+    for own in (False, True):
+        model = make_model("qwen2")
+        space = find_space(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        target = int(0.8 * space.num_params(space.shape))
+        pruner = Pruner(model, optimizer, target, pace=SlotPace(1), compensate=True)
+        for step in range(3):
+            tokens = batch(step)
+            if own:
+                h = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+                loss = cross_entropy(model.lm_head(h).flatten(0, 1).float(), tokens[:, 1:].flatten())
+            else:
+                loss = loss_of(model, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(pruner.removals) >= 2
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)

@@ -149,6 +149,15 @@ def test_a_killed_worker_is_started_again_and_changes_nothing(engine: str, corpu
 
 
 @pytest.mark.slow
+def test_a_restart_does_not_take_over_a_folder_that_was_refused(corpus: Path, one_process: Path) -> None:
+    before = {file: file.read_bytes() for file in one_process.rglob("*") if file.is_file()}
+    command = torchrun_command(2, "-m", "efficientllm", *words_of(corpus, one_process), restarts=1)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0 and done.stderr.count("exists; add --resume to go on with it") == 2  # both attempts
+    assert {file: file.read_bytes() for file in one_process.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.slow
 def test_a_worker_killed_on_each_of_two_machines_costs_each_one_restart(corpus: Path, tmp_path: Path) -> None:
     """A torchrun a machine, both on this one; each counts its restarts, and has one."""
     unhurt, hurt = tmp_path / "unhurt", tmp_path / "hurt"

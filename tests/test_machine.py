@@ -33,25 +33,30 @@ CPU = torch.device("cpu")
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 LIMITED = """
-    import resource, sys
+    import os, resource, sys
     import efficientllm.training.run
     from efficientllm.cli import main
     from transformers import AutoModelForCausalLM
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(float(sys.argv[1]) * 1e9),) * 2)
+    if os.environ.get("RANK", "1") == "1":
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(float(sys.argv[1]) * 1e9),) * 2)
     sys.exit(main(sys.argv[2:]))
 """
 
 
-def limited(gigabytes: float, tmp_path: Path, out: Path, **flags: str) -> "subprocess.CompletedProcess[str]":
-    """A short run in a process that may take so much memory more than it has after its imports."""
+def limited(
+    gigabytes: float, tmp_path: Path, out: Path, launch: tuple[str, ...] = (), **flags: str
+) -> "subprocess.CompletedProcess[str]":
+    """A short run in a process, or one of two, that may take so much memory more than it has after its imports."""
     data = tmp_path / "text.jsonl"
     texts = [f"def area_{n}(a, b):\n    return a * {n} + b ** {n % 7}\n" * 12 for n in range(600)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["prune", str(MODEL), "--data", str(data), "--target-params", "560000", "--prune-tokens", "32768"]
     words += ["--tokens", "65536", "--seq-len", "128", "--batch-tokens", "32768", "--out", str(out)]
     words += [word for flag, value in flags.items() for word in ("--" + flag.replace("_", "-"), value)]
-    command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(gigabytes), *words]
+    script = tmp_path / "limited.py"
+    script.write_text(textwrap.dedent(LIMITED))
+    command = [sys.executable, *launch, str(script), str(gigabytes), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
 
@@ -67,6 +72,16 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path:
     assert plain.returncode == 0 and "out of memory" not in plain.stdout
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("halved", "given")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_tells_it(tmp_path: Path) -> None:
+    """The second of two, whose reason the first does not have."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = limited(0.6, tmp_path, tmp_path / "run", launch, micro_batch_size="128")
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if "efficientllm: error: rank 1 is out of memory" in line]
+    assert "go on with --micro-batch-size 64" in line and "--resume" in line
 
 
 def test_a_row_that_does_not_fit_is_told() -> None:

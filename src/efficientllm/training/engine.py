@@ -110,6 +110,9 @@ class DDP(_Ranks):
         self._sync(model)
         return model
 
+    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name in sorted(tensors)[self.rank :: self.num_ranks]}
+
     def _sync(self, model: nn.Module, first: bool = False) -> None:
         self._replica = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=first

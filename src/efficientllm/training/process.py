@@ -90,6 +90,10 @@ class Engine(Layout):
         """Returns the model whole; it holds only on the main rank."""
         return model
 
+    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what this rank writes of tensors that a checkpoint is to hold."""
+        return tensors
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function as it is called in training: with --compile one graph for every shape."""
         if not self.compiles:

@@ -179,7 +179,7 @@ class Run:
         trainer = self.trainer
         state, extra = trainer.state()
         state["data"] = self.corpus.fingerprint
-        self.checkpoints.save(trainer.tensors(), state, extra, trainer.model.config)
+        self.checkpoints.save(self.engine.share(trainer.tensors()), state, extra, trainer.model.config)
 
     def _landed(self, size: int) -> None:
         """Saves the rung of a ladder when the Pruner has landed on it, in the middle of a step."""
