@@ -137,6 +137,15 @@ def test_a_run_on_two_ranks_goes_on_alone_and_on_four(
 
 
 @pytest.mark.slow
+def test_compiled_on_two_ranks(corpus: Path, one_process: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = torchrun(2, "-m", "efficientllm", *words_of(corpus, out), "--engine", "fsdp", "--compile")
+    assert done.returncode == 0, errors_of(done.stderr)
+    assert "graphs were compiled" in done.stdout
+    check_equal(out, one_process)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_killed_worker_is_started_again_and_changes_nothing(engine: str, corpus: Path, tmp_path: Path) -> None:
     unhurt, hurt = tmp_path / "unhurt", tmp_path / "hurt"
