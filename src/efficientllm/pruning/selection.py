@@ -138,7 +138,8 @@ def _fills(shape: Shape, limits: Limits, measure: Measure, target: int) -> int:
     """Returns 0 if FFN tiles can bring the shape into the window, 1 if it stays too large, -1 if it is too small."""
     if measure({**shape, "ffn": limits.floor["ffn"]}) > target:
         return 1
-    return 0 if measure(shape) > target - ffn_tile_size(shape, limits, measure) else -1
+    size = measure(shape)
+    return 0 if size > target or size > target - ffn_tile_size(shape, limits, measure) else -1
 
 
 def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shape:
@@ -149,8 +150,13 @@ def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shap
 
 
 def ffn_tile_size(shape: Shape, limits: Limits, measure: Measure) -> int:
-    """Returns what one FFN tile over all layers adds to the size."""
-    return measure({**shape, "ffn": limits.tile["ffn"]}) - measure({**shape, "ffn": 0})
+    """Returns what one FFN tile over all layers adds to the size.
+
+    To a source whose width is no multiple of the tile the last step is narrower, but may be larger in bytes.
+    """
+    wider = {**shape, "ffn": min(shape["ffn"] + limits.tile["ffn"], limits.source["ffn"])}
+    tile = measure({**shape, "ffn": limits.tile["ffn"]}) - measure({**shape, "ffn": 0})
+    return max(tile, measure(wider) - measure(shape))
 
 
 def o_columns(kind: str, shape: Shape, head_dim: int) -> int:
