@@ -91,7 +91,7 @@ def test_slots_reproduce_the_published_token_counts() -> None:
         )
         assert reached * BATCH_TOKENS == pytest.approx(tokens * 1e9, rel=0.02)
     assert planned[-1].step * BATCH_TOKENS == pytest.approx(PUBLISHED[-1][0] * 1e9, rel=0.02)
-    assert planned[-1].params <= 451_000_000
+    assert planned[-1].size <= 451_000_000
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_simulation_is_the_run(pace: LinearPace | SlotPace) -> None:
         optimizer.step()
     kinds = [removal.kind for removal in pruner.removals]
     planned = simulate(space.num_params, limits, targets, pace, space.head_dim, as_logged(kinds, limits))
-    assert [(each.step, each.kind, each.params) for each in planned] == [
+    assert [(each.step, each.kind, each.size) for each in planned] == [
         (each.step, each.kind, each.params_after) for each in pruner.removals
     ]
 
@@ -232,7 +232,7 @@ def test_the_orders_bound_the_assumed_one(pace: dict[str, float]) -> None:
     assert plan.lowest < plan.flops < plan.highest
     assert plan.flops < plan.masked < plan.unpruned
     assert plan.unpruned == plan.steps * 1024 * space.flops_per_token(space.shape, 64)
-    assert 40_000 >= plan.planned[-1].params > 40_000 - 3 * 3 * space.shape["hidden"]
+    assert 40_000 >= plan.planned[-1].size > 40_000 - 3 * 3 * space.shape["hidden"]
 
 
 def test_plan_reads_nothing_but_the_config(tmp_path, capsys, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from efficientllm import Pruner
 from efficientllm.errors import BudgetError, CheckpointError, UnsupportedModelError
 from efficientllm.pruning import LinearPace, SlotPace
-from efficientllm.pruning.selection import ffn_tile_params
+from efficientllm.pruning.selection import ffn_tile_size
 from efficientllm.space import find_limits, find_space
 from families import EVERY, LAYERS, NAMES, VOCAB, loss_of, make_model, meta_model, numel, stock
 
@@ -67,7 +67,7 @@ def loop(pruner: Pruner, steps: int, start: int = 0, clip: bool = True) -> list[
 
 def assert_landed(pruner: Pruner, target: int) -> None:
     params = numel(pruner.model)
-    tile = ffn_tile_params(pruner.shape, pruner.limits, pruner.space.num_params)
+    tile = ffn_tile_size(pruner.shape, pruner.limits, pruner.space.num_params)
     assert pruner.done and params == pruner.num_params and target - tile < params <= target
     assert numel(meta_model(pruner.model.config)) == params
     assert not pruner.state_dict()["retired"]
@@ -359,7 +359,7 @@ def test_a_ladder_is_landed_on_rung_by_rung(tmp_path: Path) -> None:
 
     def on_landing(size: int) -> None:
         assert_loads(model, tmp_path / str(size))
-        tile = ffn_tile_params(pruner.shape, pruner.limits, pruner.space.num_params)
+        tile = ffn_tile_size(pruner.shape, pruner.limits, pruner.space.num_params)
         assert size - tile < numel(model) == pruner.num_params <= size
         seen.append((size, pruner.removals[-1].step))
 

@@ -13,7 +13,7 @@ from efficientllm.pruning.selection import (
     Removal,
     can_land,
     choose_kind,
-    ffn_tile_params,
+    ffn_tile_size,
     is_landed,
     may_remove,
     o_columns,
@@ -61,7 +61,7 @@ def assert_lands(space: Space, limits: Limits, targets: list[int], draw: random.
         params = space.num_params(shape)
         # a kind that was never touched keeps the source's size, a multiple of the tile or not
         assert all(size == limits.source[kind] or size % limits.tile[kind] == 0 for kind, size in shape.items())
-        assert target - ffn_tile_params(shape, limits, space.num_params) < params <= target, (shape, params, target)
+        assert target - ffn_tile_size(shape, limits, space.num_params) < params <= target, (shape, params, target)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,12 +111,12 @@ def test_without_the_rule_a_run_misses_its_target() -> None:
             queues[kind].pop()
             shape[kind] -= 1
         closed = limits.close(shape)
-        missed += space.num_params(closed) <= target - ffn_tile_params(closed, limits, space.num_params)
+        missed += space.num_params(closed) <= target - ffn_tile_size(closed, limits, space.num_params)
     assert missed > 20
 
 
 def lands(space: Space, limits: Limits, shape: Shape, target: int) -> bool:
-    return target - ffn_tile_params(shape, limits, space.num_params) < space.num_params(shape) <= target
+    return target - ffn_tile_size(shape, limits, space.num_params) < space.num_params(shape) <= target
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -177,7 +177,7 @@ def test_a_kind_at_its_floor_and_an_overshoot_are_passed_over() -> None:
     limits = find_limits(space, config)
     num_params, source = space.num_params, limits.source
     assert not may_remove("ffn", {**source, "ffn": limits.floor["ffn"]}, limits, num_params, [1])
-    target = num_params(source) - ffn_tile_params(source, limits, num_params)  # exactly one channel
+    target = num_params(source) - ffn_tile_size(source, limits, num_params)  # exactly one channel
     assert may_remove("ffn", source, limits, num_params, [target])
     assert not may_remove("kv", source, limits, num_params, [target]), "a KV group overshoots by more than a channel"
     queues = random_queues(limits, random.Random(0))

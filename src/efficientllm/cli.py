@@ -16,6 +16,7 @@ from efficientllm.numbers import SUFFIXES, parse_count
 from efficientllm.training.cards import read_cluster
 from efficientllm.training.config import (
     FIELDS,
+    GGUF_TYPES,
     RunConfig,
     dump_yaml,
     flag_name,
@@ -26,10 +27,9 @@ from efficientllm.training.config import (
 )
 
 LIMITS = ("round_to", "min_ffn", "min_hidden", "min_kv")
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 TEXT = ("text_field", "txt_split", "document_separator")
 GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
-    "size": ("target_params", *LIMITS, "save_at"),
+    "size": ("target_params", "target_bytes", "for_type", *LIMITS, "save_at"),
     "pace (one of the first three)": ("prune_tokens", "slot_steps", "removals_per_step", "tokens"),
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
@@ -231,7 +231,7 @@ def _add_fields(parser: argparse._ActionsContainer, names: Iterable[str]) -> Non
         elif str(kind).startswith("tuple"):
             action["action"] = "append"
         parser.add_argument(
-            flag_name(name), default=argparse.SUPPRESS, help=metadata["help"] + _default(name), **action
+            flag_name(name), dest=name, default=argparse.SUPPRESS, help=metadata["help"] + _default(name), **action
         )
 
 
@@ -282,7 +282,7 @@ def _plan(given: argparse.Namespace) -> int:
     cluster = read_cluster(given.gpus, given.gpu, given.flops, given.bandwidth, given.gpu_memory, given.mfu)
     if given.print_config:
         return _print(config)
-    for name, value in (("MODEL", config.model), ("--target-params", config.target_params)):
+    for name, value in (("MODEL", config.model), ("--target-params", config.target_params or config.target_bytes)):
         if not value:
             raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
     from efficientllm.report.plan import print_plan

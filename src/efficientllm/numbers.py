@@ -1,4 +1,4 @@
-"""Numbers as people write them: `134M`, `8.6B`, `1Mi`."""
+"""Numbers as people write them: `134M`, `8.6B`, `1Mi`, `120MB`."""
 
 from decimal import Decimal, InvalidOperation
 
@@ -15,6 +15,18 @@ SUFFIXES = {
     "Ki": 2**10,
     "Mi": 2**20,
     "Gi": 2**30,
+}
+
+BYTE_SUFFIXES = {
+    "": 1,
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
 }
 
 
@@ -37,6 +49,23 @@ def parse_count(text: str | int, name: str = "number") -> int:
     if value != whole:
         raise ConfigError(f"{name}: '{text}' is not a whole number")
     return whole
+
+
+def parse_bytes(text: str | int, name: str = "bytes") -> int:
+    """Returns the whole number of bytes that `text` stands for: digits with an optional kB, MB, GB or KiB, MiB, GiB.
+
+    Raises:
+        ConfigError: if the text is no number, or has another suffix: in 120M the M may be of parameters.
+    """
+    stripped = str(text).strip().replace("_", "")
+    digits = stripped.rstrip("kKMGiB")
+    try:
+        return int(Decimal(digits) * BYTE_SUFFIXES[stripped[len(digits) :]])
+    except (InvalidOperation, KeyError, ValueError, OverflowError):
+        raise ConfigError(
+            f"{name}: '{text}' is no number of bytes; write digits with an optional kB, MB, GB (decimal) or KiB, MiB, "
+            "GiB, such as 120MB"
+        ) from None
 
 
 def format_count(value: float) -> str:

@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING
 from efficientllm.delivery import llama_cpp
 from efficientllm.delivery.child import in_child
 from efficientllm.delivery.export import check_out, check_space, put, staging
-from efficientllm.delivery.gguf_architecture import (
-    ARCHITECTURES,
-    Value,
-    context_length,
-    find_architecture,
-    hyper_parameters,
-)
-from efficientllm.delivery.gguf_file import Contents, check_file, write_gguf
-from efficientllm.delivery.gguf_tensors import biases, pieces, rope_scaling
-from efficientllm.delivery.gguf_tokenizer import swallows_space, tokenizer_metadata
+from efficientllm.delivery.gguf_architecture import ARCHITECTURES, context_length, find_architecture
+from efficientllm.delivery.gguf_contents import find_contents, title
+from efficientllm.delivery.gguf_file import check_file, write_gguf
+from efficientllm.delivery.gguf_tensors import biases
+from efficientllm.delivery.gguf_tokenizer import swallows_space
 from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama_cpp, plan_types, type_lines
 from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.delivery.proof import TEXTS, WORST_RATIO, compare, held_out_rows, held_out_text
@@ -49,7 +44,7 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     config = load_config(model, trust_remote_code)
     empty = empty_model(config, model)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    contents = _contents(model, empty, tokenizer, type)
+    contents = find_contents(title(model), empty, tokenizer, type, find_architecture(config, biases(empty)))
     context = context_length(config, contents.name)
     print(f"{model} ({config.model_type}) under llama.cpp's architecture {contents.name}")
     if context < config.max_position_embeddings:
@@ -85,33 +80,6 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
         put(partial, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
-
-
-def _contents(model: str, empty: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", type: str) -> Contents:
-    """Returns all that the file is to hold, from the model without weights.
-
-    Raises:
-        UnsupportedModelError: llama.cpp has no room for the model or its tokenizer.
-    """
-    config = empty.config
-    name = find_architecture(config, biases(empty))
-    scaling, extra = rope_scaling(config, name)
-    values: dict[str, Value] = {
-        "general.type": "model",
-        "general.name": _folder_name(model),
-        "general.file_type": int(TYPES[type][1]),
-        "general.quantization_version": 2,
-        **hyper_parameters(config, name),
-        **scaling,
-        **tokenizer_metadata(tokenizer, config.vocab_size),
-    }
-    return Contents(name, values, {piece.name: piece for piece in pieces(empty, name)}, extra)
-
-
-def _folder_name(model: str) -> str:
-    """Returns what a model is called in the file: its folder's name, the run's if that is "model"."""
-    path = Path(model).absolute()
-    return path.parent.name if path.name == "model" else path.name
 
 
 def _prove_in_llama_cpp(

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -57,8 +58,36 @@ class Contents:
         return held + [(name, array.shape) for name, array in self.extra.items()]
 
 
+def header_bytes(contents: Contents) -> int:
+    """Returns the bytes before the first tensor, by writing them: the same at all shapes and types of the tensors."""
+    plans = [Plan(name, shape, T.F32, T.F32) for name, shape in contents.shapes]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        _write_header(path, contents, plans).close()
+        return padded(path.stat().st_size)
+
+
+def padded(num_bytes: int) -> int:
+    """Returns the bytes that a header or tensor takes in a file."""
+    return int(gguf.GGUFWriter.ggml_pad(num_bytes, gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
 def write_gguf(path: Path, contents: Contents, plans: Sequence[Plan], weights: Mapping[str, Tensor]) -> None:
     """Writes metadata, and the model's weights as planned."""
+    writer = _write_header(path, contents, plans)
+    try:
+        for plan in plans:
+            piece = contents.pieces.get(plan.name)
+            array = piece.stored(weights[piece.param]) if piece else contents.extra[plan.name]
+            writer.write_tensor_data(np.ascontiguousarray(quantize(array, plan.type)))
+    except OSError as error:
+        raise error if error.errno else OSError(errno.ENOSPC, str(error)) from None  # numpy's own has no number
+    finally:
+        writer.close()
+
+
+def _write_header(path: Path, contents: Contents, plans: Sequence[Plan]) -> gguf.GGUFWriter:
+    """Writes metadata and the tensors' infos, and returns the writer, open."""
     writer = gguf.GGUFWriter(path, contents.name)
     try:
         for key, value in contents.values.items():
@@ -68,14 +97,10 @@ def write_gguf(path: Path, contents: Contents, plans: Sequence[Plan], weights: M
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for plan in plans:
-            piece = contents.pieces.get(plan.name)
-            array = piece.stored(weights[piece.param]) if piece else contents.extra[plan.name]
-            writer.write_tensor_data(np.ascontiguousarray(quantize(array, plan.type)))
-    except OSError as error:
-        raise error if error.errno else OSError(errno.ENOSPC, str(error)) from None  # numpy's own has no number
-    finally:
+    except BaseException:
         writer.close()
+        raise
+    return writer
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:

@@ -34,7 +34,7 @@ from efficientllm.pruning.selection import (
     queue_groups,
 )
 from efficientllm.space import Limits, find_limits, find_space
-from efficientllm.space.dims import Shape, Space
+from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
 
 
@@ -60,6 +60,7 @@ class Pruner:
         model: a Hugging Face decoder model of a supported family; replaced parameters stay inside it.
         optimizer: any torch optimizer whose state tensors have their parameter's shape.
         target_params: the size to land on; the result has less than one FFN tile fewer.
+        measure: what targets, landing and pace count instead of parameters: the bytes of a file, say.
         pace: when removals are due: `SlotPace` (the paper's) or `LinearPace(steps, warmup_steps)`.
         saliency, score, score_ema: first order or "fisher"; "output" layers or "all"; decay of a moving average.
         compensate: the second-order update of variant B.
@@ -83,6 +84,7 @@ class Pruner:
         optimizer: Optimizer,
         target_params: int,
         *,
+        measure: Measure | None = None,
         pace: Pace | None = None,
         saliency: Saliency = "first",
         score: Scored = "output",
@@ -98,12 +100,13 @@ class Pruner:
         self.limits = limits or find_limits(space, model.config)
         self.targets = sorted({target_params, *save_at}, reverse=True)
         self.source_params = space.num_params(self.limits.source)
+        self.measure = measure or space.num_params
+        self.source_size = self.measure(self.limits.source)
         for rung, size in enumerate(self.targets):
-            check_target(space, self.limits, size, "target")
-            before = [each for each in self.targets[:rung] if each < self.source_params]
-            if size < self.source_params and not can_land(
-                self.limits.source, self.limits, space.num_params, *before, size
-            ):
+            if measure is None:
+                check_target(space, self.limits, size, "target")
+            before = [each for each in self.targets[:rung] if each < self.source_size]
+            if size < self.source_size and not can_land(self.limits.source, self.limits, self.measure, *before, size):
                 found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
                 raise BudgetError(
                     f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
@@ -164,7 +167,7 @@ class Pruner:
 
     def is_due(self, step: int) -> bool:
         """Returns whether a removal falls due at an optimizer step."""
-        return not self.done and self._is_due(step, self.next_step, self.num_params)
+        return not self.done and self._is_due(step, self.next_step, self.measure(self.shape))
 
     def score(self) -> None:
         """Scores the present gradients and plans this step's removals; a loop that clips calls it before it does.
@@ -256,10 +259,10 @@ class Pruner:
         shape, num_params, next_step = self.shape, self.space.num_params, self.next_step
         removals: list[Removal] = []
         units: dict[str, list[int]] = {}
-        while self._is_due(step, next_step, num_params(shape)):
-            kind = choose_kind(queues, shape, self.limits, num_params, self.targets)
+        while self._is_due(step, next_step, self.measure(shape)):
+            kind = choose_kind(queues, shape, self.limits, self.measure, self.targets)
             if kind is None:
-                raise BudgetError(f"no group can be removed from {shape} on the way to {self.targets[0]:,} parameters")
+                raise BudgetError(f"no group can be removed from {shape} on the way to a target of {self.targets[0]:,}")
             dims = self.space.bundles[kind].dims
             counted = self._ledger.live_queries(units) if kind == "query" else [True] * len(dims)
             saliencies = {name: queue.head for name, queue in queues.items() if shape[name] > self.limits.floor[name]}
@@ -326,11 +329,11 @@ class Pruner:
 
         call_before_saving(self.model, compact)
 
-    def _is_due(self, step: int, next_step: float, num_params: int) -> bool:
-        return self.pace.is_due(step, next_step, num_params, self.source_params, self.target_params)
+    def _is_due(self, step: int, next_step: float, size: int) -> bool:
+        return self.pace.is_due(step, next_step, size, self.source_size, self.target_params)
 
     def _is_landed(self) -> bool:
-        return is_landed(self.shape, self.limits, self.space.num_params, self.targets[0])
+        return is_landed(self.shape, self.limits, self.measure, self.targets[0])
 
     def _tile(self, kind: str) -> int:
         if kind == "query":
@@ -368,6 +371,7 @@ class Pruner:
         self.step, self.next_step = state["step"], state["next_step"]
         self.source_params, self.targets = state["source_params"], list(state["targets"])
         self.limits = Limits(**state["limits"])
+        self.source_size = self.measure(self.limits.source)
         self._plan = None
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         self._rest_if_done()

@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearPace:
-    """Parameters fall in a straight line over steps, from the source at `warmup_steps` to the target at `steps`."""
+    """The size falls in a straight line over steps, from the source at `warmup_steps` to the target at `steps`."""
 
     steps: int
     warmup_steps: int = 0
 
-    def is_due(self, step: int, next_step: float, num_params: int, source: int, target: int) -> bool:
-        """Returns whether a removal is due: the model holds more than the line allows at this step."""
+    def is_due(self, step: int, next_step: float, size: int, source: int, target: int) -> bool:
+        """Returns whether a removal is due: the model is larger than the line allows at this step."""
         if step <= self.warmup_steps:
             return False
         if step >= self.steps:
             return True
         passed = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return num_params > source - (source - target) * passed
+        return size > source - (source - target) * passed
 
     def wait(self, next_step: float, step: int, slots: int) -> float:
         return next_step
@@ -36,7 +36,7 @@ class SlotPace:
     warmup_steps: int = 0
     equal: bool = False
 
-    def is_due(self, step: int, next_step: float, num_params: int, source: int, target: int) -> bool:
+    def is_due(self, step: int, next_step: float, size: int, source: int, target: int) -> bool:
         """Returns whether the wait of the last removal ends within this step."""
         return step > self.warmup_steps and max(next_step, self.warmup_steps + 1) < step + 1 - 1e-9
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.space.cost import Polynomial
-from efficientllm.space.dims import Shape
+from efficientllm.space.dims import Measure, Shape
 from efficientllm.space.limits import Limits
 
 
@@ -68,22 +67,22 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
 
 
 def choose_kind(
-    queues: Mapping[str, Queue], shape: Shape, limits: Limits, num_params: Polynomial, targets: Sequence[int]
+    queues: Mapping[str, Queue], shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]
 ) -> str | None:
     """Returns the kind whose next group is least salient among those that may go; ties break by the kind's name."""
     ranked = sorted((queue.head, kind) for kind, queue in queues.items())
     for _, kind in ranked:
-        if may_remove(kind, shape, limits, num_params, targets):
+        if may_remove(kind, shape, limits, measure, targets):
             return kind
     return None
 
 
-def is_landed(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> bool:
+def is_landed(shape: Shape, limits: Limits, measure: Measure, target: int) -> bool:
     """Returns whether the shape is legal and at or under the target."""
-    return num_params(shape) <= target and limits.close(shape) == shape
+    return measure(shape) <= target and limits.close(shape) == shape
 
 
-def may_remove(kind: str, shape: Shape, limits: Limits, num_params: Polynomial, targets: Sequence[int]) -> bool:
+def may_remove(kind: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
     """Returns whether a unit of `kind` may go so that the model can still end within one FFN tile of every target.
 
     Once completing the open tiles is enough, only they go on.
@@ -91,68 +90,73 @@ def may_remove(kind: str, shape: Shape, limits: Limits, num_params: Polynomial, 
     if shape[kind] - 1 < limits.floor[kind]:
         return False
     closed = limits.close(shape)
-    if num_params(closed) <= targets[0]:
+    if measure(closed) <= targets[0]:
         return closed[kind] < shape[kind]
     after = limits.close({**shape, kind: shape[kind] - 1})
-    return after == closed or can_land(after, limits, num_params, *targets)
+    return after == closed or can_land(after, limits, measure, *targets)
 
 
-def can_land(shape: Shape, limits: Limits, num_params: Polynomial, *targets: int) -> bool:
+def can_land(shape: Shape, limits: Limits, measure: Measure, *targets: int) -> bool:
     """Returns whether legal shapes lie at or below `shape`, each at or below the one before, that land on every target.
 
-    A shape lands where its parameters lie in (target - one FFN tile over all layers, target]. Targets fall.
+    A shape lands where its size lies in (target - one FFN tile over all layers, target]. Targets fall.
     """
     if not targets:
         return True
     return any(
-        can_land(landing, limits, num_params, *targets[1:])
-        for landing in _landings(shape, limits, num_params, targets[0])
+        can_land(landing, limits, measure, *targets[1:]) for landing in _landings(shape, limits, measure, targets[0])
     )
 
 
-def _landings(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> Iterator[Shape]:
+def _landings(shape: Shape, limits: Limits, measure: Measure, target: int) -> Iterator[Shape]:
     """Yields the shapes at or below `shape` that land on a target, each with the widest FFN that does.
 
     With the other kinds fixed, FFN tiles cover a whole interval in steps of one tile, so only the others are searched:
     the shape's own first, then for every number of heads the hidden sizes, larger ones first, from the largest that is
     not too large, by bisection.
     """
-    if _fills(shape, limits, num_params, target) == 0:
-        yield _filled(shape, limits, num_params, target)
+    if _fills(shape, limits, measure, target) == 0:
+        yield _filled(shape, limits, measure, target)
     hidden_sizes = limits.legal_sizes("hidden", shape["hidden"])
     heads = product(
         reversed(limits.legal_sizes("kv", shape["kv"])), reversed(limits.legal_sizes("query", shape["query"]))
     )
     for num_kv, num_query in heads:
         with_heads = {**shape, "kv": num_kv, "query": num_query}
-        fits = partial(_fills_at, with_heads, limits, num_params, target)
+        fits = partial(_fills_at, with_heads, limits, measure, target)
         for hidden in reversed(hidden_sizes[: bisect_left(hidden_sizes, 1, key=fits)]):
             if fits(hidden) < 0:
                 break
-            yield _filled({**with_heads, "hidden": hidden}, limits, num_params, target)
+            yield _filled({**with_heads, "hidden": hidden}, limits, measure, target)
 
 
-def _fills_at(shape: Shape, limits: Limits, num_params: Polynomial, target: int, hidden: int) -> int:
-    return _fills({**shape, "hidden": hidden}, limits, num_params, target)
+def _fills_at(shape: Shape, limits: Limits, measure: Measure, target: int, hidden: int) -> int:
+    return _fills({**shape, "hidden": hidden}, limits, measure, target)
 
 
-def _fills(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> int:
+def _fills(shape: Shape, limits: Limits, measure: Measure, target: int) -> int:
     """Returns 0 if FFN tiles can bring the shape into the window, 1 if it stays too large, -1 if it is too small."""
-    if num_params({**shape, "ffn": limits.floor["ffn"]}) > target:
+    if measure({**shape, "ffn": limits.floor["ffn"]}) > target:
         return 1
-    return 0 if num_params(shape) > target - ffn_tile_params(shape, limits, num_params) else -1
+    size = measure(shape)
+    return 0 if size > target or size > target - ffn_tile_size(shape, limits, measure) else -1
 
 
-def _filled(shape: Shape, limits: Limits, num_params: Polynomial, target: int) -> Shape:
+def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shape:
     """Returns a shape that fills with the widest legal FFN at or under the target."""
     widths = limits.legal_sizes("ffn", shape["ffn"])
-    fitting = bisect_right(widths, target, key=lambda ffn: num_params({**shape, "ffn": ffn}))
+    fitting = bisect_right(widths, target, key=lambda ffn: measure({**shape, "ffn": ffn}))
     return {**shape, "ffn": widths[fitting - 1]}
 
 
-def ffn_tile_params(shape: Shape, limits: Limits, num_params: Polynomial) -> int:
-    """Returns the parameters that one FFN tile over all layers holds."""
-    return num_params({**shape, "ffn": limits.tile["ffn"]}) - num_params({**shape, "ffn": 0})
+def ffn_tile_size(shape: Shape, limits: Limits, measure: Measure) -> int:
+    """Returns what one FFN tile over all layers adds to the size.
+
+    To a source whose width is no multiple of the tile the last step is narrower, but may be larger in bytes.
+    """
+    wider = {**shape, "ffn": min(shape["ffn"] + limits.tile["ffn"], limits.source["ffn"])}
+    tile = measure({**shape, "ffn": limits.tile["ffn"]}) - measure({**shape, "ffn": 0})
+    return max(tile, measure(wider) - measure(shape))
 
 
 def o_columns(kind: str, shape: Shape, head_dim: int) -> int:

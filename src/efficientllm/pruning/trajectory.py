@@ -6,11 +6,9 @@ from math import floor
 from typing import NamedTuple
 
 from efficientllm.errors import BudgetError
-from efficientllm.numbers import format_count
 from efficientllm.pruning.schedule import Pace
 from efficientllm.pruning.selection import is_landed, may_remove, o_columns
-from efficientllm.space.cost import Polynomial
-from efficientllm.space.dims import KINDS, Shape
+from efficientllm.space.dims import KINDS, Measure, Shape
 from efficientllm.space.limits import Limits
 
 Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
@@ -22,11 +20,11 @@ class Planned(NamedTuple):
     step: int
     kind: str
     shape: Shape
-    params: int
+    size: int
 
 
 def simulate(
-    num_params: Polynomial,
+    measure: Measure,
     limits: Limits,
     targets: Iterable[int],
     pace: Pace,
@@ -40,31 +38,29 @@ def simulate(
     Raises:
         BudgetError: if no kind may go before a target is reached.
     """
-    shape, params = limits.source, num_params(limits.source)
-    source, left = params, sorted(set(targets), reverse=True)
+    shape, size = limits.source, measure(limits.source)
+    source, left = size, sorted(set(targets), reverse=True)
     final = left[-1]
     planned: list[Planned] = []
     step, next_step = 1, 0.0
     while left:
-        while not is_landed(shape, limits, num_params, left[0]) and pace.is_due(step, next_step, params, source, final):
-            kind = next((each for each in order(shape) if may_remove(each, shape, limits, num_params, left)), None)
+        while not is_landed(shape, limits, measure, left[0]) and pace.is_due(step, next_step, size, source, final):
+            kind = next((each for each in order(shape) if may_remove(each, shape, limits, measure, left)), None)
             if kind is None:
-                raise BudgetError(
-                    f"no group can be removed from {shape} on the way to {format_count(left[0])} parameters"
-                )
+                raise BudgetError(f"no group can be removed from {shape} on the way to a target of {left[0]:,}")
             next_step = pace.wait(next_step, step, o_columns(kind, shape, head_dim))
             shape = {**shape, kind: shape[kind] - 1}
-            params = num_params(shape)
-            planned.append(Planned(step, kind, shape, params))
-        while left and is_landed(shape, limits, num_params, left[0]):
+            size = measure(shape)
+            planned.append(Planned(step, kind, shape, size))
+        while left and is_landed(shape, limits, measure, left[0]):
             left.pop(0)
         step = max(step + 1, floor(next_step))  # nothing is due before
     return planned
 
 
-def pruning_steps(num_params: Polynomial, limits: Limits, target: int, pace: Pace, head_dim: int) -> int:
+def pruning_steps(measure: Measure, limits: Limits, target: int, pace: Pace, head_dim: int) -> int:
     """Returns the steps from the first removal to the last at a pace without warm-up, all kinds in proportion."""
-    planned = simulate(num_params, limits, [target], pace, head_dim, proportional(limits))
+    planned = simulate(measure, limits, [target], pace, head_dim, proportional(limits))
     return planned[-1].step if planned else 0
 
 

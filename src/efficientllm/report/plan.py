@@ -4,19 +4,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from efficientllm.delivery.load import load_tokenizer
 from efficientllm.numbers import format_count
 from efficientllm.pruning.schedule import LinearPace
 from efficientllm.pruning.trajectory import Planned
 from efficientllm.report.cluster import cluster_parts
 from efficientllm.space.dims import KINDS, Shape, Space
-from efficientllm.space.limits import Limits
+from efficientllm.space.limits import Limits, find_limits
+from efficientllm.training.budget import Budget, open_budget, params_budget
 from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import default_precision, find_device, memory_bytes
 from efficientllm.training.memory import PRECISIONS, estimate, fitting_micro_batch
-from efficientllm.training.plan import Plan, make_plan, read_kinds
+from efficientllm.training.plan import Plan, make_plan, read_kinds, unrounded
 from efficientllm.training.recipe import Recipe, make_recipe
-from efficientllm.training.source import open_space
+from efficientllm.training.source import floors, open_space
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,17 +39,22 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
     """
     from rich.console import Console
 
-    _, space, limits = open_space(config)
-    recipe = make_recipe(config, space, limits)
+    empty, space, limits = open_space(config)
+    budget = params_budget(config, space, limits)
+    if config.for_type is not None:
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        budget = open_budget(config, empty, space, limits, tokenizer)
+    recipe = make_recipe(config, space, limits, budget)
     kinds = read_kinds(like) if like is not None else None
-    plan = make_plan(config, space, limits, recipe, kinds)
+    plan = make_plan(config, space, limits, recipe, kinds, budget)
     order = "assumed, all kinds in proportion" if like is None else f"as in {like}, then in proportion"
     parts = [
-        f"{config.model}: {_sizes(limits.source, space)}",
-        f"ends as: {_sizes(plan.end, space)}",
+        f"{config.model}: {_sizes(limits.source, space, budget)}",
+        f"ends as: {_sizes(plan.end, space, budget)}",
         "",
         f"Shapes on the way (order of removals: {order})",
-        shape_table(plan, space, config),
+        shape_table(plan, space, config, budget),
+        *rounding_lines(plan, space, find_limits(space, empty.config, round_to=1, **floors(config)), budget),
         *schedule_lines(plan, config, recipe),
         "",
         *flops_lines(plan),
@@ -64,16 +71,18 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
     return 0
 
 
-def shape_table(plan: Plan, space: Space, config: RunConfig) -> "Table":
-    """Returns the shapes on the way: source, end, every `--save-at`, and some between in even steps of parameters."""
+def shape_table(plan: Plan, space: Space, config: RunConfig, budget: Budget) -> "Table":
+    """Returns the shapes on the way: source, end, every `--save-at`, and some between in even steps of size."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "tokens", "hidden", "ffn", "heads", "kv heads", "params", ""):
+    file = budget.file
+    sizes = ("params", file.type) if file else ("params",)
+    for name in ("step", "tokens", "hidden", "ffn", "heads", "kv heads", *sizes, ""):
         table.add_column(name, justify="right")
-    picked = sorted({*milestones(plan.planned, space.num_params(plan.source)), *plan.landed})
-    points = [Planned(0, "", plan.source, space.num_params(plan.source)), *(plan.planned[index] for index in picked)]
+    picked = sorted({*milestones(plan.planned, budget.measure(plan.source)), *plan.landed})
+    points = [Planned(0, "", plan.source, budget.measure(plan.source)), *(plan.planned[index] for index in picked)]
     marks = ["", *("saved" if index in plan.landed else "" for index in picked)]
     for point, mark in zip(points, marks, strict=True):
         shape = point.shape
@@ -84,19 +93,20 @@ def shape_table(plan: Plan, space: Space, config: RunConfig) -> "Table":
             f"{shape['ffn']:,}",
             f"{shape['kv'] * shape['query']}",
             f"{shape['kv']}",
-            f"{point.params:,}",
+            f"{space.num_params(shape):,}",
+            *([_bytes(file(shape))] if file else []),
             mark,
         )
     return table
 
 
 def milestones(planned: Sequence[Planned], source: int) -> list[int]:
-    """Returns the indices of up to ROWS - 1 removals, the last one's and some before it, even in parameters."""
+    """Returns the indices of up to ROWS - 1 removals, the last one's and some before it, even in size."""
     if not planned:
         return []
-    end = planned[-1].params
+    end = planned[-1].size
     wanted = [source - (source - end) * row / (ROWS - 1) for row in range(1, ROWS)]
-    return sorted({next(i for i, removal in enumerate(planned) if removal.params <= size) for size in wanted})
+    return sorted({next(i for i, removal in enumerate(planned) if removal.size <= size) for size in wanted})
 
 
 def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
@@ -106,7 +116,7 @@ def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
     after = plan.steps - plan.prune_steps
     pace = recipe.pace
     if isinstance(pace, LinearPace):
-        how = "parameters fall in a line"
+        how = f"{'bytes' if config.target_bytes else 'parameters'} fall in a line"
     else:
         how = f"{pace.slot_steps:g} steps a {'removal' if pace.equal else 'slot'}"
     return [
@@ -115,6 +125,28 @@ def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
         f"after it   {_phase(after, config)}",
         f"in all     {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
         f"peak lr    {recipe.lr:g} ({recipe.lr_reason})",
+    ]
+
+
+def rounding_lines(plan: Plan, space: Space, limits: Limits, budget: Budget) -> list[str]:
+    """Returns what rounding for `--for` costs in parameters and saves in bytes.
+
+    Args:
+        limits: without rounding.
+    """
+    file, end = budget.file, plan.end
+    if file is None or not plan.planned or max(file.limits.tile.values()) == 1:
+        return []
+    params, num_bytes = space.num_params(end), file(end)
+    left = budget.target - budget.measure(end)
+    left = left * params // num_bytes if budget.measure is file else left
+    room = budget.target if budget.measure is file else num_bytes
+    needed, held = unrounded(space, limits, file, params, room)
+    tiles = ", ".join(f"{kind} {size}" for kind, size in file.limits.tile.items() if size > 1)
+    return [
+        f"rounding   to tiles of {tiles}: about {left:,} parameters below what the target has room for;",
+        f"           without it about as many parameters take {needed:,} bytes for {num_bytes:,}, and {room:,} bytes "
+        f"hold {held:,} for {params:,}",
     ]
 
 
@@ -157,10 +189,11 @@ def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) 
     return lines
 
 
-def _sizes(shape: Shape, space: Space) -> str:
+def _sizes(shape: Shape, space: Space, budget: Budget) -> str:
     heads = shape["kv"] * shape["query"]
+    file = f", {budget.file(shape):,} bytes of {budget.file.type}" if budget.file else ""
     return (
-        f"{space.num_params(shape):,} parameters; hidden {shape['hidden']:,}, ffn {shape['ffn']:,}, "
+        f"{space.num_params(shape):,} parameters{file}; hidden {shape['hidden']:,}, ffn {shape['ffn']:,}, "
         f"{heads} heads, {shape['kv']} kv heads"
     )
 

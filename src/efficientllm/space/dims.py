@@ -5,7 +5,7 @@ query heads), or one query head out of every KV group. A *dim* is the list of pl
 *bundle* is the dims that shrink in lockstep, one unit each: the paper's minimal parameter group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from efficientllm.space.cost import Polynomial
 
 Role = Literal["producer", "consumer", "rider"]
 Shape = dict[str, int]  # units left in each dim of a bundle, by bundle name
+Measure = Callable[[Shape], int]  # parameters or bytes of a shape; never falls as a shape grows
 
 KINDS = ("hidden", "ffn", "kv", "query")
 
@@ -67,6 +68,8 @@ class Space:
         bundles: by kind, in the order hidden, ffn, kv, query.
         num_params: parameters as a polynomial in the bundles' units, tied ones counted once.
         tied: names of parameters that are another parameter's tensor.
+        axes: by parameter, the labels (see families.py) of the parts of each axis, in storage order.
+        lengths: entries of a part as a polynomial in the bundles' units, by label.
     """
 
     bundles: dict[str, Bundle]
@@ -75,6 +78,8 @@ class Space:
     num_layers: int
     vocab_size: int
     tied: tuple[str, ...]
+    axes: dict[str, tuple[tuple[str, ...], ...]]
+    lengths: dict[str, Polynomial]
 
     @property
     def shape(self) -> Shape:

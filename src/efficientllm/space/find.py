@@ -51,12 +51,13 @@ def find_space(model: nn.Module) -> Space:
     }
 
     slots: dict[str, list[Slot]] = defaultdict(list)
+    axes: dict[str, tuple[tuple[str, ...], ...]] = {}
     num_params = Polynomial({})
     for name, param in model.named_parameters():  # a tied tensor comes once, under its first name
         labels = _labels(name, table, family, tuple(param.shape))
+        axes[name] = tuple((label,) if isinstance(label, str) else label for label in labels)
         cost = Polynomial.of(1)
-        for axis, label in enumerate(labels):
-            parts = (label,) if isinstance(label, str) else label
+        for axis, parts in enumerate(axes[name]):
             if sum(lengths[part] for part in parts) != param.shape[axis]:
                 raise UnsupportedModelError(
                     f"{family}: axis {axis} of '{name}' has {param.shape[axis]} entries, its config says "
@@ -89,7 +90,7 @@ def find_space(model: nn.Module) -> Space:
     tied = tuple(
         sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters())))
     )
-    return Space(bundles, num_params, head_dim, num_layers, config.vocab_size, tied)
+    return Space(bundles, num_params, head_dim, num_layers, config.vocab_size, tied, axes, costs)
 
 
 def _labels(name: str, table: dict[str, tuple[Label, ...]], family: str, shape: tuple[int, ...]) -> tuple[Label, ...]:

@@ -1,12 +1,13 @@
 """Which shapes are legal: floors, tiles, and what a family's config accepts (architecture.md section 5)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd, lcm
 from typing import Any
 
 from efficientllm.errors import BudgetError
 from efficientllm.numbers import format_count
-from efficientllm.space.dims import KINDS, Shape, Space
+from efficientllm.space.dims import KINDS, Measure, Shape, Space
 from efficientllm.space.families import HEADS_DIVIDE_HIDDEN
 
 ROUND_ABOVE = 10_000_000  # parameters from which widths are kept at multiples of 64
@@ -49,7 +50,7 @@ def find_limits(
     space: Space,
     config: Any,
     *,
-    round_to: int | None = None,
+    round_to: int | Mapping[str, int] | None = None,
     min_ffn: int | None = None,
     min_hidden: int | None = None,
     min_kv: int | None = None,
@@ -58,20 +59,28 @@ def find_limits(
 
     `round_to` is a property of the result: FFN and hidden widths, and the columns of O, stay multiples of it (default 1
     below 10M parameters, 64 above). A kind that cannot be rounded so, or that the family's config would refuse, is
-    frozen.
+    frozen. By kind it may differ: for "hidden", "ffn" and "query", which are O's columns.
     """
     source = space.shape
     if round_to is None:
         round_to = 64 if space.num_params(source) >= ROUND_ABOVE else 1
-    if round_to < 1:
-        raise BudgetError(f"--round-to {round_to}: must be at least 1")
+    if isinstance(round_to, int):
+        if round_to < 1:
+            raise BudgetError(f"--round-to {round_to}: must be at least 1")
+        round_to = dict.fromkeys(("hidden", "ffn", "query"), round_to)
     asked = {"hidden": min_hidden, "ffn": min_ffn, "kv": min_kv, "query": None}
-    tile = {"hidden": round_to, "ffn": round_to, "kv": round_to // gcd(round_to, space.head_dim), "query": 1}
+    columns = round_to["query"]
+    tile = {
+        "hidden": round_to["hidden"],
+        "ffn": round_to["ffn"],
+        "kv": columns // gcd(columns, space.head_dim),
+        "query": 1,
+    }
     notes: dict[str, str] = {}
     frozen: set[str] = set()
-    if source["kv"] * space.head_dim % round_to:
+    if source["kv"] * space.head_dim % columns:
         frozen.add("query")
-        notes["query"] = f"O's columns would not stay multiples of {round_to}"
+        notes["query"] = f"O's columns would not stay multiples of {columns}"
     if needs_heads_divide_hidden(config):
         heads = lcm(*(kv * query for kv in range(1, source["kv"] + 1) for query in range(1, source["query"] + 1)))
         if source["hidden"] % heads == 0:
@@ -80,7 +89,7 @@ def find_limits(
             frozen |= {"kv", "query"}
             tile["hidden"] = lcm(tile["hidden"], source["kv"] * source["query"])
             notes["kv"] = notes["query"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
-        if tile["hidden"] != round_to:
+        if tile["hidden"] != round_to["hidden"]:
             notes["hidden"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
     floor: Shape = {}
     for kind in KINDS:
@@ -109,22 +118,29 @@ def has_llama_bias(config: Any) -> bool:
     return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
 
 
-def check_target(space: Space, limits: Limits, target: int, name: str = "--target-params") -> None:
+def check_target(
+    space: Space,
+    limits: Limits,
+    target: int,
+    name: str = "--target-params",
+    measure: Measure | None = None,
+    unit: str = "parameters",
+) -> None:
     """Raises BudgetError if the target lies above the source or below the smallest reachable size."""
-    source = space.num_params(limits.source)
-    least = space.num_params(limits.floor)
+    measure = measure or space.num_params
+    source, least = measure(limits.source), measure(limits.floor)
     if target < 1:
-        raise BudgetError(f"{name} {target}: must be a positive number of parameters")
+        raise BudgetError(f"{name} {target}: must be a positive number of {unit}")
     if target > source:
         raise BudgetError(
-            f"{name} {format_count(target)} ({target:,}) is above the source's {source:,} parameters; "
+            f"{name} {format_count(target)} ({target:,}) is above the source's {source:,} {unit}; "
             "ask for the source's size or less"
         )
     if target < least:
         floors = ", ".join(f"{kind} {limits.floor[kind]}" for kind in KINDS)
         embedding = space.vocab_size * limits.floor["hidden"]
         raise BudgetError(
-            f"{name} {format_count(target)} ({target:,}) is below the smallest reachable size {least:,} (the embedding "
-            f"alone holds {embedding:,}; floors: {floors}). Raise {name} or lower --min-hidden, --min-ffn, --min-kv "
-            "or --round-to."
+            f"{name} {format_count(target)} ({target:,}) is below the smallest reachable size {least:,} {unit} (the "
+            f"embedding alone holds {embedding:,} parameters; floors: {floors}). Raise {name} or lower --min-hidden, "
+            "--min-ffn, --min-kv or --round-to."
         )

@@ -9,9 +9,11 @@ from types import UnionType
 from typing import Any, get_args
 
 from efficientllm.errors import ConfigError
-from efficientllm.numbers import parse_count
+from efficientllm.numbers import parse_bytes, parse_count
 
 AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are without a value
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
+KEYWORDS = {"for": "for_type"}  # flags that are no names in Python, and their fields
 PACES = ("prune_tokens", "slot_steps", "removals_per_step")
 
 
@@ -27,6 +29,8 @@ class RunConfig:
     model: str = _flag("", "folder or hub id of the source model", "MODEL")
     data: tuple[str, ...] = _flag((), "file, folder or hub data set, with =WEIGHT in a mixture (repeat)", "DATA")
     target_params: int | None = _flag(None, "parameters to end with, such as 134M")
+    target_bytes: int | None = _flag(None, "bytes of the GGUF file to end with, such as 120MB; with --for", "SIZE")
+    for_type: str | None = _flag(None, "type of the GGUF file that the result is for", choices=GGUF_TYPES)
     out: str = _flag("", "run folder to write", "RUN")
     prune_tokens: int | None = _flag(None, "pace: tokens of the pruning phase")
     tokens: int = _flag(0, "all tokens of the run, the pruning phase included")
@@ -50,7 +54,8 @@ class RunConfig:
     slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
     removals_per_step: float | None = _flag(None, "pace: removals a step", "K")
     round_to: int | None = _flag(
-        None, "multiple that the result's sizes have (default: 1 below 10M parameters, else 64)"
+        None,
+        "multiple that the result's sizes have (default: auto, what --for needs, else 1 below 10M parameters or 64)",
     )
     min_ffn: int | None = _flag(None, "smallest feed-forward width of a layer")
     min_hidden: int | None = _flag(None, "smallest hidden size")
@@ -80,7 +85,8 @@ FIELDS = {each.name: each for each in fields(RunConfig)}
 
 def flag_name(name: str) -> str:
     """The flag of a field: `--batch-tokens` for `batch_tokens`; MODEL has none."""
-    return "MODEL" if name == "model" else "--" + name.replace("_", "-")
+    flag = {field: word for word, field in KEYWORDS.items()}.get(name, name)
+    return "MODEL" if name == "model" else "--" + flag.replace("_", "-")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -97,6 +103,7 @@ def known_keys(mapping: Mapping[Any, Any], where: str) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
+        name = KEYWORDS.get(name, name)
         if name not in FIELDS:
             raise ConfigError(f"{where}: unknown key '{key}'; did you mean {nearest(name, FIELDS)}?")
         if name in named:
@@ -114,7 +121,7 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
     if isinstance(value, bool | list | tuple | dict):
         raise ConfigError(f"{flag_name(name)}: {value} is not a single {'text' if kind is str else 'number'}")
     if kind is int:
-        return parse_count(value, flag_name(name))
+        return (parse_bytes if name == "target_bytes" else parse_count)(value, flag_name(name))
     if kind is str:
         return str(value)
     try:
@@ -193,11 +200,14 @@ def validate(config: RunConfig, complete: bool = True) -> None:
     _check_values(config)
     if complete:
         for name in ("model", "data", "target_params", "tokens", "out"):
+            if name == "target_params" and config.target_bytes is not None:
+                continue
             if not getattr(config, name) and name != "model":
                 example = f"{flag_name(name)} {FIELDS[name].metadata['metavar']}"
                 raise ConfigError(f"{flag_name(name)} is missing; add {example} or '{name}' in --config")
             if not getattr(config, name):
                 raise ConfigError("MODEL is missing; name a folder or hub id")
+    _check_target(config)
     given = [name for name in PACES if getattr(config, name) is not None]
     if len(given) > 1 or (complete and not given):
         found = " and ".join(flag_name(name) for name in given) or "none of them"
@@ -227,6 +237,22 @@ def validate(config: RunConfig, complete: bool = True) -> None:
                 f"--save-at {size} is below --target-params {config.target_params}, where the run ends; "
                 f"give a size between source and target"
             )
+
+
+def _check_target(config: RunConfig) -> None:
+    if config.target_bytes is None:
+        return
+    if config.target_params is not None:
+        raise ConfigError("--target-params and --target-bytes both set the size to end with; give one")
+    if config.for_type is None:
+        raise ConfigError(
+            "--target-bytes needs --for, the type that the bytes are counted in, such as --for q8_0 or --for q4_0"
+        )
+    if config.save_at:
+        raise ConfigError(
+            f"--save-at {config.save_at[0]} counts parameters and --target-bytes does not, so neither can be told to "
+            "come first; leave --save-at out, or give --target-params"
+        )
 
 
 def _check_values(config: RunConfig) -> None:

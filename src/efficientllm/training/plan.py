@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficientllm.errors import BudgetError, ConfigError
 from efficientllm.pruning.selection import can_land, is_landed
@@ -20,8 +21,12 @@ from efficientllm.pruning.trajectory import (
 )
 from efficientllm.space.dims import KINDS, Shape, Space
 from efficientllm.space.limits import Limits
+from efficientllm.training.budget import Budget, params_budget
 from efficientllm.training.config import RunConfig
 from efficientllm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from efficientllm.delivery.gguf_size import FileSize
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def make_plan(
     limits: Limits,
     recipe: Recipe,
     kinds: Sequence[str] | None = None,
+    budget: Budget | None = None,
 ) -> Plan:
     """Returns the plan of a run; `kinds` is the order of removals to follow, by default all kinds go in proportion.
 
@@ -72,16 +78,18 @@ def make_plan(
         BudgetError: if no legal shape lies within one FFN tile under a target.
     """
     source = limits.source
-    targets = {config.target_params or space.num_params(source), *config.save_at}
+    budget = budget or params_budget(config, space, limits)
+    measure = budget.measure
+    targets = {budget.target, *config.save_at}
     for target in targets:
-        if target < space.num_params(source) and not can_land(source, limits, space.num_params, target):
+        if target < measure(source) and not can_land(source, limits, measure, target):
             raise BudgetError(
                 f"--target-params {target:,}: no legal shape lies within one FFN tile under it (tiles {limits.tile}, "
                 f"floors {limits.floor}); ask for another size, or lower --round-to"
             )
 
     def run(order: Order) -> list[Planned]:
-        return simulate(space.num_params, limits, targets, recipe.pace, space.head_dim, order)
+        return simulate(measure, limits, targets, recipe.pace, space.head_dim, order)
 
     def flops(planned: Sequence[Planned]) -> float:
         steps = max(recipe.total_steps, planned[-1].step if planned else 0)
@@ -97,9 +105,9 @@ def make_plan(
         source=source,
         planned=planned,
         landed=[
-            next(index for index, each in enumerate(planned) if is_landed(each.shape, limits, space.num_params, size))
+            next(index for index, each in enumerate(planned) if is_landed(each.shape, limits, measure, size))
             for size in config.save_at
-            if size < space.num_params(source)
+            if size < measure(source)
         ],
         pruning=computed(limits, planned, pruning),
         training=[(physical(end, limits), steps - pruning)],
@@ -124,6 +132,27 @@ def computed(limits: Limits, planned: Sequence[Planned], steps: int) -> list[tup
         sizes = physical(shape, limits)
         lengths[tuple(sizes[kind] for kind in KINDS)] += length
     return [(dict(zip(KINDS, sizes, strict=True)), length) for sizes, length in lengths.items()]
+
+
+def unrounded(space: Space, limits: Limits, file: "FileSize", params: int, num_bytes: int) -> tuple[int, int]:
+    """Returns what a run without rounding would end with, all kinds in proportion.
+
+    Returns:
+        bytes of the first shape with at most `params` parameters, and parameters of the first in `num_bytes` bytes.
+    """
+    order = proportional(limits)
+    shape = limits.source
+    found_bytes = found_params = None
+    while found_bytes is None or found_params is None:
+        if found_bytes is None and space.num_params(shape) <= params:
+            found_bytes = file.written(shape)
+        if found_params is None and file.written(shape) <= num_bytes:
+            found_params = space.num_params(shape)
+        kind = next((each for each in order(shape) if shape[each] > limits.floor[each]), None)
+        if kind is None:
+            break
+        shape = {**shape, kind: shape[kind] - 1}
+    return found_bytes or file.written(shape), found_params or 0
 
 
 def read_kinds(run: str) -> list[str]:

@@ -9,6 +9,7 @@ from efficientllm.pruning.schedule import LinearPace, Pace, SlotPace
 from efficientllm.pruning.trajectory import pruning_steps
 from efficientllm.space.dims import Space
 from efficientllm.space.limits import Limits
+from efficientllm.training.budget import Budget, params_budget
 from efficientllm.training.config import RunConfig
 
 LEARNING_RATES = ((1_000_000, 3e-3), (50_000_000, 1e-3), (500_000_000, 5e-4))  # below so many parameters
@@ -50,14 +51,14 @@ class Recipe:
         return self.total_steps - self.decay_steps
 
 
-def make_recipe(config: RunConfig, space: Space, limits: Limits) -> Recipe:
-    """Returns the derived numbers of a run.
+def make_recipe(config: RunConfig, space: Space, limits: Limits, budget: Budget | None = None) -> Recipe:
+    """Returns the derived numbers of a run; without a budget it is `--target-params`.
 
     Raises:
         ConfigError: if the slots of the pace need more steps than `--tokens` gives.
     """
     params = space.num_params(limits.source)
-    target = config.target_params or params
+    budget = budget or params_budget(config, space, limits)
     tokens = config.tokens or config.prune_tokens or 0
     total_steps = ceil(tokens / config.batch_tokens)
     if config.prune_tokens is not None:
@@ -67,7 +68,9 @@ def make_recipe(config: RunConfig, space: Space, limits: Limits) -> Recipe:
     else:
         equal = config.removals_per_step is not None
         slot_steps = 1 / config.removals_per_step if config.removals_per_step is not None else config.slot_steps or 1.0
-        removing = pruning_steps(space.num_params, limits, target, SlotPace(slot_steps, equal=equal), space.head_dim)
+        removing = pruning_steps(
+            budget.measure, limits, budget.target, SlotPace(slot_steps, equal=equal), space.head_dim
+        )
         warmup_steps = warm_up(ceil(removing / (1 - WARMUP_SHARE)))
         prune_steps = warmup_steps + removing
         pace = SlotPace(slot_steps, warmup_steps, equal)
@@ -79,8 +82,8 @@ def make_recipe(config: RunConfig, space: Space, limits: Limits) -> Recipe:
             )
         total_steps = max(total_steps, prune_steps)
     decay_steps = round(DECAY_SHARE * total_steps)
-    remarks = []
-    if target < params and prune_steps > total_steps - decay_steps:
+    remarks = [*budget.remarks]
+    if budget.target < budget.measure(limits.source) and prune_steps > total_steps - decay_steps:
         remarks.append(
             f"the pruning phase ({prune_steps} steps) reaches into the decay of the learning rate (from step "
             f"{total_steps - decay_steps + 1}); what is removed late is hardly recovered: raise --tokens to "

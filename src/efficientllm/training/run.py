@@ -74,7 +74,7 @@ def _resume(config: RunConfig, out: Path) -> int:
     source = open_source(config)
     engine, recipe, config = _decide(config, source)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
-    at_most = make_recipe(stored, source.space, source.limits).decay_start if more else None
+    at_most = make_recipe(stored, source.space, source.limits, source.budget).decay_start if more else None
     checkpoint = _agreed_checkpoint(out / "checkpoints", at_most, display, engine)
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
@@ -103,7 +103,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
-    recipe = make_recipe(config, source.space, source.limits)
+    recipe = make_recipe(config, source.space, source.limits, source.budget)
     rows = rank_rows(config, engine.num_ranks)
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         source.space,
@@ -176,12 +176,13 @@ def _unused(path: Path) -> Path:
 
 def _introduce(display: Display, config: RunConfig, source: Source, recipe: Recipe, engine: Engine) -> None:
     params = source.space.num_params(source.limits.source)
-    target = config.target_params or params
+    budget = source.budget
+    prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
     say(f"source {config.model}: {source.family}, {params:,} parameters ({shape_text(source.limits.source)})")
     say(
-        f"target {target:,} parameters; {recipe.total_steps} steps of {format_count(config.batch_tokens)} tokens, "
-        f"the first {recipe.prune_steps if target < params else 0} of them pruning (warm-up {recipe.warmup_steps})"
+        f"target {budget.text}; {recipe.total_steps} steps of {format_count(config.batch_tokens)} tokens, "
+        f"the first {recipe.prune_steps if prunes else 0} of them pruning (warm-up {recipe.warmup_steps})"
     )
     say(
         f"learning rate {recipe.lr:g} ({recipe.lr_reason}), weight decay {recipe.weight_decay:g}, "

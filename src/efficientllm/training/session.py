@@ -64,7 +64,9 @@ class Run:
         """Trains to the end, or until a signal comes; returns the exit code."""
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.recipe.decay_start)
         try:
-            self.trainer = Trainer(model, self.config, self.recipe, self.source.limits, self.engine, self._landed)
+            self.trainer = Trainer(
+                model, self.config, self.recipe, self.source.limits, self.engine, self._landed, self.source.budget
+            )
             del model  # under FSDP the whole one is not needed any more
             if checkpoint:
                 self.trainer.restore(checkpoint)
@@ -205,6 +207,11 @@ class Run:
             f"{self.out / 'model'}: {trainer.pruner.num_params:,} parameters of the source's "
             f"{trainer.pruner.source_params:,} ({shape_text(trainer.pruner.shape)})"
         )
+        if file := self.source.budget.file:
+            say(
+                f"its file takes {file(trainer.pruner.shape):,} bytes: efficientllm export {quote(self.config.out)} "
+                f"--to gguf --type {file.type} --out {quote(self.out.name)}.gguf"
+            )
         if losses:
             after = {step: self.valid_losses[step] for step in steps if step > 0}
             best = min(after, key=lambda step: after[step])

@@ -10,10 +10,11 @@ from efficientllm.delivery.load import empty_model, find_model, load_config, loa
 from efficientllm.errors import ConfigError
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.limits import check_target
+from efficientllm.training.budget import Budget, open_budget, rounding
 from efficientllm.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,28 +26,26 @@ class Source:
     path: Path
     space: Space
     limits: Limits
+    budget: Budget
     dtype: torch.dtype
     family: str
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def open_space(config: RunConfig) -> tuple["PretrainedConfig", Space, Limits]:
-    """Returns the source's config, space and limits, with the targets checked; needs nothing but config.json.
+def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
+    """Returns the source on the meta device, its space and limits, with targets in parameters checked.
+
+    Needs nothing but config.json.
 
     Raises:
         UnsupportedModelError, BudgetError: as `load_config`, `find_space`, `find_limits` and `check_target`.
     """
     model_config = load_config(config.model, config.trust_remote_code)
-    space = find_space(empty_model(model_config, config.model))
-    limits = find_limits(
-        space,
-        model_config,
-        round_to=config.round_to,
-        min_ffn=config.min_ffn,
-        min_hidden=config.min_hidden,
-        min_kv=config.min_kv,
-    )
-    check_target(space, limits, config.target_params or 0)
+    empty = empty_model(model_config, config.model)
+    space = find_space(empty)
+    limits = find_limits(space, model_config, round_to=rounding(config, space), **floors(config))
+    if config.target_bytes is None:
+        check_target(space, limits, config.target_params or 0)
     for size in config.save_at:
         check_target(space, limits, size, "--save-at")
     if config.seq_len > getattr(model_config, "max_position_embeddings", config.seq_len):
@@ -54,18 +53,24 @@ def open_space(config: RunConfig) -> tuple["PretrainedConfig", Space, Limits]:
             f"--seq-len {config.seq_len} is above the model's max_position_embeddings "
             f"{model_config.max_position_embeddings}; lower it"
         )
-    return model_config, space, limits
+    return empty, space, limits
+
+
+def floors(config: RunConfig) -> dict[str, int | None]:
+    """Returns the floors that a config asks for, as `find_limits` takes them."""
+    return {name: getattr(config, name) for name in ("min_ffn", "min_hidden", "min_kv")}
 
 
 def open_source(config: RunConfig) -> Source:
-    """Returns what `open_space` does with the tokenizer and the result's dtype; reads no weights.
+    """Returns what `open_space` does with budget, tokenizer and the result's dtype; reads no weights.
 
     Raises:
-        UnsupportedModelError, BudgetError: as `open_space` and `load_tokenizer`.
+        UnsupportedModelError, BudgetError: as `open_space`, `load_tokenizer` and `open_budget`.
     """
-    model_config, space, limits = open_space(config)
+    empty, space, limits = open_space(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    stored = getattr(model_config, "dtype", None)
+    budget = open_budget(config, empty, space, limits, tokenizer)
+    stored = getattr(empty.config, "dtype", None)
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
     path = find_model(config.model, weights=config.init == "pretrained")
-    return Source(path, space, limits, dtype, model_config.model_type, tokenizer)
+    return Source(path, space, limits, budget, dtype, empty.config.model_type, tokenizer)

@@ -12,6 +12,7 @@ from transformers import get_wsd_schedule
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
+from efficientllm.training.budget import Budget
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import is_out_of_memory
@@ -52,6 +53,7 @@ class Trainer:
         limits: Limits,
         engine: Engine,
         on_landing: Callable[[int], None],
+        budget: Budget | None = None,
     ) -> None:
         self.config, self.recipe, self.engine = config, recipe, engine
         self.micro_batch_size = config.micro_batch_size or 1
@@ -69,11 +71,13 @@ class Trainer:
             min_lr_ratio=FINAL_LR,
             decay_type="linear",
         ).lr_lambdas[0]
-        assert config.target_params is not None
+        target = budget.target if budget else config.target_params
+        assert target is not None
         self.pruner = Pruner(
             model,
             self.optimizer,
-            config.target_params,
+            target,
+            measure=budget.measure if budget else None,
             pace=recipe.pace,
             saliency=config.saliency,  # type: ignore[arg-type]
             score=config.score,  # type: ignore[arg-type]
@@ -85,7 +89,8 @@ class Trainer:
             compaction_tile=engine.compaction_tile,
             layout=engine,
         )
-        watch = Watch(limits, self.pruner.source_params - config.target_params)
+        params, size = self.pruner.source_params, self.pruner.source_size
+        watch = Watch(limits, params - params * target // size)
         self.metrics = Metrics(watch, config.batch_tokens)
         self.feed: Iterator[Tensor] = iter(())
         self.step = 0
