@@ -37,8 +37,8 @@ class InputSampler:
         return torch.cat(self.rows[reader])
 
     def clear(self) -> None:
-        self.rows.clear()
         self._begin()
+        self.rows.clear()
 
     def close(self) -> None:
         self.clear()
@@ -49,18 +49,20 @@ class InputSampler:
         self.readers = {}
 
     def collect(self, *pass_: Any) -> None:
-        """Takes what a pass has put down; until the next begins, checkpointed blocks that run again put down nothing.
+        """Takes what a pass has put down; what a checkpointed block puts down again in the backward pass is left.
 
-        A loop that calls the decoder below its head does not come here, and collects when it compensates.
+        Where the forward pass puts down nothing (reentrant checkpointing, a loop that calls the decoder below its head)
+        the rows come later: they are taken at the next pass, or when they are needed.
         """
         for name, reader in self.readers.items():
             for X in reader.kept_inputs or ():
                 room = row_cap(X) - sum(len(rows) for rows in self.rows[name])
                 if room > 0:
                     self.rows[name].append(thinned(X, room))
-            reader.kept_inputs = None
+            reader.kept_inputs = None if reader.kept_inputs else reader.kept_inputs
 
     def _begin(self, *pass_: Any) -> None:
+        self.collect()
         for reader in self.readers.values():
             reader.kept_inputs = []
 
