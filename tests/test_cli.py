@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from efficientllm.cli import build_parser, main
+from efficientllm.cli import HANDLERS, main
+from efficientllm.flags import build_parser
 from efficientllm.training.config import FIELDS, flag_name
 
 VERBS = ("inspect", "plan", "prepare", "prune", "generate", "export", "bench", "push")
@@ -86,7 +87,7 @@ def test_help_takes_less_than_half_a_second() -> None:
 
 
 def test_every_field_of_the_config_is_a_flag_of_prune() -> None:
-    help_text = build_parser()[1]["prune"].format_help()
+    help_text = build_parser(HANDLERS)[1]["prune"].format_help()
     for name in FIELDS:
         assert re.search(rf"(?m)^  (.*, )?{flag_name(name)}\b", help_text), name
 

@@ -1,0 +1,193 @@
+"""The flags: those of RunConfig under their headings, and each verb's own; argparse with errors of one line."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from efficientllm import __version__
+from efficientllm.errors import ConfigError
+from efficientllm.numbers import SUFFIXES
+from efficientllm.training.config import FIELDS, GGUF_TYPES, flag_name, nearest
+
+Handler = Callable[[argparse.Namespace], int]
+
+LIMITS = ("round_to", "min_ffn", "min_hidden", "min_kv")
+TEXT = ("text_field", "txt_split", "document_separator")
+GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
+    "size": ("target_params", "target_bytes", "for_type", *LIMITS, "save_at"),
+    "pace (one of the first three)": ("prune_tokens", "slot_steps", "removals_per_step", "tokens"),
+    "data": ("data", "valid", "valid_tokens", *TEXT),
+    "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
+    "what is removed": ("saliency", "score", "score_ema", "compensate"),
+    "training": ("lr", "seed", "init"),
+    "machine": ("engine", "shards", "precision", "compile", "threads"),
+    "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
+    "model": ("trust_remote_code",),
+}
+CLUSTER = (  # what `plan` asks beside the run itself
+    ("--gpus", "N", "number of GPUs (default: 1)"),
+    ("--gpu", "NAME", "which GPU, such as H100, A100-80GB or RTX-4090"),
+    ("--flops", "X", "FLOP/s of dense bf16 matrix products of a GPU, such as 989T"),
+    ("--bandwidth", "X", "bytes/s that a GPU sends to the next one, such as 450G: half of what data sheets add up"),
+    ("--gpu-memory", "X", "bytes of memory of a GPU, such as 80G"),
+    ("--mfu", "X", "part of the FLOP/s that training reaches (default: 0.4, an assumption)"),
+)
+MESSAGES = {  # argparse's words to ours
+    r"^argument (-\S+): expected one argument$": r"\1: a value is missing",
+    r"^argument (-\S+): ignored explicit argument (.*)$": r"\1 takes no value, found \2",
+    r"^the following arguments are required: (.*)$": r"\1 is missing",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors, with the nearest flag for an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # -5M is a value that will be refused, not a flag
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, found in MESSAGES.items():
+            message = re.sub(pattern, found, message)
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def check_flags(self, arguments: Iterable[str]) -> None:
+        """Raises ConfigError at the first flag that this verb does not have."""
+        flags = self._option_string_actions
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            if argument == "--":
+                return
+            if not re.match(r"-[^\d.]", flag) or " " in flag or flag in flags:
+                continue
+            raise ConfigError(f"unknown flag {flag}; did you mean {nearest(flag, flags)}?")
+
+
+def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Parser]]:
+    """The whole command line, and the parser of every verb; `handlers` are what the verbs do, by name."""
+    parser = Parser(
+        prog="efficientllm", description="Makes a pretrained decoder language model smaller while it trains."
+    )
+    parser.add_argument("--version", action="version", version=f"efficientllm {__version__}")
+    added = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
+
+    def add(name: str, usage: str, help: str) -> Parser:
+        verb: Parser = added.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", usage=f"efficientllm {name} {usage}"
+        )
+        verb.set_defaults(handler=handlers[name])
+        return verb
+
+    inspect = add("inspect", "MODEL [flags]", "shows what can be removed from a model, from its config.json alone")
+    _add_model(inspect, required=True)
+    _add_fields(inspect, (*LIMITS, "trust_remote_code"))
+
+    plan = add(
+        "plan",
+        "MODEL --target-params N [flags]",
+        "shows shapes, steps, FLOPs, hours and memory of a run before it starts",
+    )
+    _add_model(plan)
+    _add_groups(plan)  # all of them: `prune` in a command becomes `plan`, and it says what would happen
+    _add_config(plan)
+    plan.add_argument("--like", metavar="RUN", help="take the order of removals from this run's log")
+    cluster = plan.add_argument_group("on which GPUs (plan alone: hours, and memory of each)")
+    for flag, metavar, help in CLUSTER:
+        cluster.add_argument(flag, metavar=metavar, help=help)
+
+    prepare = add("prepare", "DATA... --tokenizer MODEL --out DIR [flags]", "turns text into token shards on disk")
+    prepare.add_argument("data", metavar="DATA", nargs="+", help="file, folder or hub data set")
+    prepare.add_argument(
+        "--tokenizer", metavar="MODEL", required=True, help="folder or hub id of the model that will read it"
+    )
+    prepare.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    _add_fields(prepare, (*TEXT, "trust_remote_code"))
+
+    prune = add(
+        "prune",
+        "MODEL --data DATA --target-params N --prune-tokens N --tokens N --out RUN [flags]",
+        "makes a model smaller while it trains",
+    )
+    _add_model(prune)
+    _add_groups(prune)
+    _add_config(prune)
+    prune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+
+    generate = add("generate", 'MODEL "prompt" [flags]', "continues a prompt")
+    _add_model(generate, required=True)
+    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("--max-new-tokens", metavar="N", default="128", help="tokens to add at most (default: 128)")
+    generate.add_argument(
+        "--temperature", metavar="X", default="0.8", help="0 takes the likeliest token (default: 0.8)"
+    )
+    _add_fields(generate, ("seed", "trust_remote_code"))
+
+    export = add(
+        "export",
+        "MODEL --to gguf|onnx|hf --out FILE [flags]",
+        "writes a model for a device, and proves it there",
+    )
+    export.add_argument("model", metavar="MODEL", help="run folder, model folder or hub id")
+    export.add_argument("--to", metavar="gguf|onnx|hf", required=True, help="format")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write; a folder for onnx and hf")
+    export.add_argument("--type", metavar="TYPE", help=f"of gguf: {' '.join(GGUF_TYPES)}")
+    export.add_argument("--dtype", metavar=FIELDS["dtype"].metadata["metavar"], help="of hf: the weights' dtype")
+    export.add_argument("--shard-size", metavar="SIZE", help="of hf: largest file of weights, such as 2GB")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_fields(export, ("trust_remote_code",))
+
+    bench = add("bench", "MODEL... [flags]", "compares models' speed, memory and size on this machine")
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="run, model or ONNX folder, .gguf file, or hub id")
+    bench.add_argument("--runtime", metavar="torch|llama.cpp|onnx", help="refuse models that are for another")
+    bench.add_argument("--prompt", metavar="N", default="128", help="tokens to read (default: 128)")
+    bench.add_argument("--new", metavar="N", default="64", help="tokens to generate (default: 64)")
+    bench.add_argument("--json", action="store_true", help="print numbers for programs")
+    _add_fields(bench, ("trust_remote_code",))
+
+    push = add("push", "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
+    push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
+    push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    return parser, added.choices
+
+
+def _add_model(parser: Parser, required: bool = False) -> None:
+    absent: dict[str, Any] = {} if required else {"nargs": "?", "default": argparse.SUPPRESS}
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id", **absent)
+
+
+def _add_groups(parser: Parser) -> None:
+    """The flags of RunConfig under their headings."""
+    for title, names in GROUPS.items():
+        _add_fields(parser.add_argument_group(title), names)
+
+
+def _add_fields(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """One flag a field of RunConfig. What is not given stays out of the namespace, so that the file's value stands."""
+    for name in names:
+        kind, metadata = FIELDS[name].type, FIELDS[name].metadata
+        action: dict[str, Any] = {"metavar": metadata["metavar"]}
+        if kind is bool:
+            action = {"action": argparse.BooleanOptionalAction}
+        elif str(kind).startswith("tuple"):
+            action["action"] = "append"
+        parser.add_argument(
+            flag_name(name), dest=name, default=argparse.SUPPRESS, help=metadata["help"] + _default(name), **action
+        )
+
+
+def _default(name: str) -> str:
+    """The default as the help names it; what is derived or has to be given says so itself."""
+    value = FIELDS[name].default
+    if value in (None, (), "") or value is False or name == "tokens":
+        return ""
+    for suffix in ("Mi", "M"):
+        if value and isinstance(value, int) and value % SUFFIXES[suffix] == 0:
+            return f" (default: {value // SUFFIXES[suffix]}{suffix})"
+    return f" (default: {value})"
+
+
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="YAML", help="file with values for any of these flags; flags win")
+    parser.add_argument("--print_config", action="store_true", help="print what the flags and the file make, and leave")
