@@ -9,6 +9,7 @@ compaction  seconds and extra memory of cutting a tile of 64 at SmolLM-135M's sh
             bytes that it reads and writes there (weights, gradients, two moments) at the rate measured here
 """
 
+import gc
 import json
 import os
 import socket
@@ -31,6 +32,7 @@ from transformers import LlamaForCausalLM
 
 from efficientllm.pruning import LinearPace, SlotPace
 from efficientllm.pruning.removal import kept_entries
+from efficientllm.pruning.schedule import Pace
 from efficientllm.space import find_limits, find_space
 from efficientllm.training.engine import FSDP, start_engine
 from efficientllm.training.trainer import Trainer
@@ -39,13 +41,14 @@ CPU = torch.device("cpu")
 ROWS, SEQ_LEN = 8, 256
 ROUNDS, STEPS = 5, 6
 WAYS = {"1 rank, 1 thread": (1, 1, ""), "1 rank, 2 threads": (1, 2, ""), "ddp": (2, 1, "ddp"), "fsdp": (2, 1, "fsdp")}
+REPEATS = 4  # of a step whose bytes are counted
 TILE = 64
 
 
-def ranks(number: int, threads: int, *words: str) -> Any:
+def ranks(number: int, threads: int, *words: str, **variables: str) -> Any:
     """Returns what rank 0 of so many processes prints as JSON."""
     script = [__file__, "--worker", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), **variables}
     if number > 1:
         with socket.socket() as free:
             free.bind(("", 0))
@@ -94,7 +97,7 @@ SHARES = {  # of a collective: the argument that is whole, and how often it goes
     "broadcast_": (0, 1),
     "reduce_scatter_tensor": (0, 1),
 }
-SILENT = ("wait_tensor", "barrier")
+SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier")
 
 
 class Sent(TorchDispatchMode):
@@ -106,7 +109,6 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0.0
-        self.calls: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
@@ -114,7 +116,6 @@ class Sent(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             n = dist.get_world_size()
-            self.calls[name] += 1
             if name == "all_gather_into_tensor":  # takes the part
                 self.bytes += (n - 1) * size(args[0])
             else:  # an unknown one stops here: nothing goes uncounted
@@ -157,43 +158,50 @@ def stock_fsdp(engine: FSDP) -> Any:
 
 
 def sent_worker() -> dict[str, list[float]]:
-    """Returns counted bytes and bytes on the wire (of all ranks) of every kind of step."""
+    """Returns counted bytes, and bytes on the wire (of all ranks), of every kind of step."""
     engine = FSDP(CPU)
-    small = make_model("small")
-    space = find_space(small)
-    limits = find_limits(space, small.config)
-    target = int(0.5 * space.num_params(limits.source))
-    between = make_trainer(
-        small, engine, rows=ROWS, seq_len=SEQ_LEN, micro_batch_size=ROWS // 4, target=target,
-        pace=SlotPace(1, 10, equal=True),
-    )  # fmt: skip
     found: dict[str, list[float]] = {}
 
-    def count(name: str, step: Any) -> None:
-        engine.wait()
-        time.sleep(0.2)
-        carried = loopback()
-        with Sent() as mode:
-            step()
-        engine.wait()
-        time.sleep(0.2)
-        found[name] = [mode.bytes, loopback() - carried]
-        if engine.is_main:
-            print(name, dict(mode.calls), file=sys.stderr)
+    def count(name: str, step: Any, times: int = 1) -> None:
+        step()  # the first makes the moments
+        step()
+        wires = []
+        for _ in range(times):
+            engine.wait()
+            time.sleep(0.2)
+            carried = loopback()
+            with Sent() as mode:
+                step()
+            engine.wait()
+            time.sleep(0.2)
+            wires.append(loopback() - carried)
+        found[name] = [mode.bytes, min(wires)]  # others use the interface too
 
-    stock = stock_fsdp(engine)
-    stock(), between.train_step()
-    count("stock", stock)
-    count("between", between.train_step)
-    while between.step < 10:
-        between.train_step()
-    count("removal", between.train_step)
-    assert len(between.pruner.removals) == 1
-    widths = between.pruner.space.shape
-    while between.pruner.space.shape == widths:
-        last = between.step
-        count("compaction", between.train_step)
-    assert between.step == last + 1
+    count("stock", stock_fsdp(engine), REPEATS)
+    for name in ("between", "removal", "hidden", "ffn", "kv"):
+        model = make_model("small")
+        space = find_space(model)
+        if name in space.bundles:  # the third step takes one tile, and compacts
+            pace: Pace = LinearPace(3, 2)
+            limits, target = tile_limits(space, model.config, name)
+        else:
+            pace = SlotPace(1, 2 + REPEATS if name == "between" else 2, equal=True)
+            limits = find_limits(space, model.config)
+            target = int(0.5 * space.num_params(limits.source))
+        trainer = make_trainer(
+            model,
+            FSDP(CPU),
+            rows=ROWS,
+            seq_len=SEQ_LEN,
+            micro_batch_size=ROWS // 4,
+            target=target,
+            pace=pace,
+            limits=limits,
+        )
+        count(name, trainer.train_step, REPEATS if name == "between" else 1)
+        removals = len(trainer.pruner.removals)
+        assert removals == {"between": 0, "removal": 1, "kv": 1}.get(name, TILE)
+        assert (trainer.pruner.space.shape != space.shape) == (name in space.bundles)
     engine.close()
     return found
 
@@ -202,13 +210,16 @@ def sent() -> list[tuple[str, str, str]]:
     found = ranks(2, 1, "sent")
     rows = []
     for name, text, asked in (
-        ("between", "a step between removals over stock FSDP2", "1.02"),
+        ("between", "a step between removals, over stock FSDP2", "1.02"),
         ("removal", "a step with one removal", ""),
-        ("compaction", "a step with a removal and a compaction", ""),
+        ("hidden", f"a step that cuts {TILE} hidden", ""),
+        ("ffn", f"a step that cuts {TILE} ffn", ""),
+        ("kv", "a step that cuts a KV group", ""),
     ):
-        counted, wire = (found[name][index] / found["stock"][index] for index in (0, 1))
-        more = found[name][0] - found["stock"][0]
-        measured = f"{counted:.4f} ({found[name][0] / 1e6:.2f} MB a rank, {more:+,.0f} bytes; on the wire {wire:.4f})"
+        counted, wire = found[name]
+        more = counted - found["stock"][0]
+        measured = f"{counted / found['stock'][0]:.4f} ({counted / 1e6:.2f} MB a rank, {more:+,.0f} bytes; "
+        measured += f"on the wire {wire / found['stock'][1]:.4f}, {wire / 1e6:.2f} MB of both)"
         rows.append((f"sent, {text}", measured, asked))
     return rows
 
@@ -233,6 +244,7 @@ def compaction_worker(name: str, kind: str) -> dict[str, float]:
         model, engine, rows=2, seq_len=64, target=target, pace=LinearPace(3, 2), limits=limits
     )
     del model
+    gc.collect()  # the source, whole, is in a cycle
     found: dict[str, float] = {}
     compact = engine.compact
 
@@ -282,8 +294,9 @@ def compaction() -> list[tuple[str, str, str]]:
         for label, processes, engine in (("one process", 1, ""), ("fsdp, 2 ranks", 2, "fsdp")):
             runs = [ranks(processes, 2 // processes, "compaction", engine, kind) for _ in range(3)]
             seconds = median(run["seconds"] for run in runs)
-            extra = max(run["peak"] - run["before"] for run in runs)
-            before = max(run["before"] for run in runs)
+            # slower, but what is freed is given back at once
+            held = ranks(processes, 2 // processes, "compaction", engine, kind, MALLOC_MMAP_THRESHOLD_="262144")
+            before, extra = held["before"], held["peak"] - held["before"]
             each = ", ".join(f"{run['seconds']:.2f}" for run in runs)
             text = f"{seconds:.2f} s (of {each}); "
             text += f"{before / 1e9:.2f} GB before, {extra / 1e6:+,.0f} MB at the peak"

@@ -3,7 +3,7 @@
     python benchmarks/steps.py [steps] [phase] [memory] [bf16]      # by default all three in float32, some 40 minutes
 
 Our Trainer over random weights and a row of 512 tokens a step, on a CPU with two threads. Sides alternate in one
-process, so that what else runs on the machine slows them all. On a GPU products are bf16, and a step has 8 rows of 2,048.
+process, so that what else runs on the machine slows them all. On a GPU: bf16, and 8 rows of 2,048 tokens a step.
 
 The phase goes to a quarter of the parameters in 24 steps, beside plain steps at every shape that it passes (the ideal),
 and beside LLM-Shearing's way: the same pruning, the weights zeroed and kept, nothing compacted before the end. Query

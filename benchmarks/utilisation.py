@@ -1,7 +1,7 @@
 """How much of a GPU's matrix rate training reaches, in bf16 and compiled; and the ratios of steps.py there.
 
     python benchmarks/utilisation.py            # some 10 minutes on a GPU; without one it says so
-    python benchmarks/utilisation.py --smoke    # the same code at a tiny shape, on whatever is there: no figure to quote
+    python benchmarks/utilisation.py --smoke    # the same code at a tiny shape on whatever is there; nothing to quote
 
 Utilisation is FLOPs of the model (6 a matrix weight and token, and attention) per second, over those of an 8192³ bf16
 product on the same card. Rows of 2,048 tokens, as many a pass as fit.
