@@ -310,12 +310,10 @@ def compaction() -> list[tuple[str, str, str]]:
     return rows
 
 
-def main(parts: list[str]) -> None:
-    rows = []
-    for part in (speed, sent, compaction):
-        if not parts or part.__name__ in parts:
-            rows += part()
-    show(rows)
+def main(words: list[str]) -> None:
+    parts = {"speed": speed, "sent": sent, "compaction": compaction}
+    for name in [each for each in parts if each in words] or parts:
+        show(parts[name]())
 
 
 if __name__ == "__main__":

@@ -105,10 +105,9 @@ def random_rows(vocab: int, rows: int, seq_len: int, device: torch.device) -> It
         yield torch.randint(0, vocab, (rows, seq_len), generator=generator).to(device)
 
 
-def default_engine(precision: str | None = None, compiles: bool = False) -> Engine:
-    """Returns one process on the GPU if there is one, where products are bf16; on a CPU they are float32."""
-    device = find_device()
-    return Engine(device, precision or ("float32" if device.type == "cpu" else "bf16"), compiles)  # type: ignore
+def one_process(precision: str, compiles: bool = False) -> Engine:
+    """Returns the engine of one process, on the GPU if there is one."""
+    return Engine(find_device(), precision, compiles)  # type: ignore[arg-type]
 
 
 def now() -> float:

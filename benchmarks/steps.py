@@ -18,9 +18,9 @@ from rich.progress import track
 from shapes import (
     alternate,
     child,
-    default_engine,
     make_model,
     make_trainer,
+    one_process,
     peak_bytes,
     quiet,
     ratios,
@@ -42,9 +42,9 @@ NEVER = 2**30  # units that wait for one compaction
 ASKED = {"A": "1.03" if GPU else "1.05", "B": "1.15" if GPU else "1.30"}
 
 
-def pruned(precision: str | None, pace: Pace, compensate: bool = False, masks: bool = False) -> Trainer:
+def pruned(precision: str, pace: Pace, compensate: bool = False, masks: bool = False) -> Trainer:
     """Returns a Trainer that prunes to a quarter; with `masks` at the source's shape to the end."""
-    model, engine = make_model(SHAPE), default_engine(precision)
+    model, engine = make_model(SHAPE), one_process(precision)
     if masks:
         engine.compaction_tile = NEVER
     space = find_space(model)
@@ -56,11 +56,11 @@ def pruned(precision: str | None, pace: Pace, compensate: bool = False, masks: b
     )
 
 
-def plain(precision: str | None, shape: dict[str, int] | None = None) -> Trainer:
-    return make_trainer(make_model(SHAPE, shape), default_engine(precision), rows=ROWS, seq_len=SEQ_LEN)
+def plain(precision: str, shape: dict[str, int] | None = None) -> Trainer:
+    return make_trainer(make_model(SHAPE, shape), one_process(precision), rows=ROWS, seq_len=SEQ_LEN)
 
 
-def removal_step(precision: str | None, compensate: bool) -> str:
+def removal_step(precision: str, compensate: bool) -> str:
     """Returns the ratio of a step with one removal to the plain step beside it."""
     one, other = pruned(precision, SlotPace(1, 2, equal=True), compensate), plain(precision)
     sides = {"pruned": lambda: train_step(one), "plain": lambda: train_step(other)}
@@ -69,7 +69,7 @@ def removal_step(precision: str | None, compensate: bool) -> str:
     return ratios(found["pruned"], found["plain"])[1]
 
 
-def phase(precision: str | None, compensate: bool) -> list[tuple[str, str, str]]:
+def phase(precision: str, compensate: bool) -> list[tuple[str, str, str]]:
     """Returns a pruning phase against plain steps at the live shapes, and (A alone) against masks."""
     pace = LinearPace(PHASE_STEPS, PHASE_WARMUP)
     sides = {"pruning": pruned(precision, pace, compensate)}
@@ -103,7 +103,7 @@ def phase(precision: str | None, compensate: bool) -> list[tuple[str, str, str]]
     return rows
 
 
-def peak(kind: str, precision: str | None) -> int:
+def peak(kind: str, precision: str) -> int:
     """Returns the peak bytes of the first steps of a pruning phase, in this process; no later shape needs more."""
     pace = LinearPace(PHASE_STEPS, PHASE_WARMUP)
     trainer = plain(precision) if kind == "plain" else pruned(precision, pace, compensate=kind == "B")
@@ -112,28 +112,32 @@ def peak(kind: str, precision: str | None) -> int:
     return peak_bytes()
 
 
+def steps(precision: str) -> list[tuple[str, str, str]]:
+    return [(f"a step with a removal, {name}", removal_step(precision, name == "B"), ASKED[name]) for name in ASKED]
+
+
+def phases(precision: str) -> list[tuple[str, str, str]]:
+    return phase(precision, compensate=False) + phase(precision, compensate=True)
+
+
+def memory(precision: str) -> list[tuple[str, str, str]]:
+    peaks = {kind: int(child(__file__, kind, precision)) for kind in ("plain", "A", "B")}
+    rows = []
+    for name in ("A", "B"):
+        of = f"{peaks[name] / 1e9:.2f} GB to {peaks['plain'] / 1e9:.2f} GB"
+        rows.append((f"memory, {name}", f"{peaks[name] / peaks['plain']:.3f} ({of})", "1.10" if name == "A" else ""))
+    return rows
+
+
 def main(words: list[str]) -> None:
-    precision = "bf16" if "bf16" in words else None
-    parts = [word for word in words if word != "bf16"]
-    rows: list[tuple[str, str, str]] = []
-    if not parts or "steps" in parts:
-        for name in ("A", "B"):
-            rows.append((f"a step with a removal, {name}", removal_step(precision, name == "B"), ASKED[name]))
-    if not parts or "phase" in parts:
-        rows += phase(precision, False) + phase(precision, True)
-    if not parts or "memory" in parts:
-        peaks = {kind: int(child(__file__, kind, *words)) for kind in ("plain", "A", "B")}
-        for name in ("A", "B"):
-            of = f"{peaks[name] / 1e9:.2f} GB to {peaks['plain'] / 1e9:.2f} GB"
-            rows.append(
-                (f"memory, {name}", f"{peaks[name] / peaks['plain']:.3f} ({of})", "1.10" if name == "A" else "")
-            )
-    show(rows)
+    parts = {"steps": steps, "phase": phases, "memory": memory}
+    for name in [each for each in parts if each in words] or parts:
+        show(parts[name]("bf16" if "bf16" in words or GPU else "float32"))
 
 
 if __name__ == "__main__":
     quiet()
     if sys.argv[1:2] == ["--child"]:
-        print(peak(sys.argv[2], "bf16" if "bf16" in sys.argv else None))
+        print(peak(sys.argv[2], sys.argv[3]))
     else:
         main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """Plain training: ours, a bare PyTorch loop and the Hugging Face Trainer, side by side in one process.
 
-    python benchmarks/throughput.py [speed] [memory] [checkpoint]       # by default all three, some 20 minutes
+    python benchmarks/throughput.py [speed] [memory] [checkpoint] [float32] [bf16]     # by default all, some 30 minutes
 
-SmolLM-135M's shape with random weights, AdamW (fused), gradients clipped at 1, the same micro-batches. Speed: 4 rows of
+SmolLM-135M's shape with random weights, AdamW (fused), gradients clipped at 1, the same micro-batches. Speed: 2 rows of
 512 tokens a step, one row a pass. Memory: rows of 2,048 tokens, each side in a process of its own. Checkpoint: how long
 `save` blocks a run, and how much longer the steps take until it is whole.
 """
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from shapes import (
     child,
-    default_engine,
     find_device,
     make_model,
     make_trainer,
     now,
+    one_process,
     peak_bytes,
     quiet,
     random_rows,
@@ -36,7 +36,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from efficientllm.training.checkpoint import Checkpoints
 
 SHAPE = "SmolLM-135M"
-ROWS, SEQ_LEN, ROUNDS, WARMUP = 4, 512, 8, 2
+ROWS, SEQ_LEN, ROUNDS, WARMUP = 2, 512, 8, 2
 LONG = 2048  # tokens of a row where memory is measured
 SIDES = ("ours", "bare", "trainer")
 
@@ -113,7 +113,7 @@ def speed(precision: str) -> dict[str, list[float]]:
     """Returns the seconds of every step of each side."""
     bf16 = precision == "bf16"
     bare = bare_step(make_model(SHAPE), ROWS, SEQ_LEN, 1, bf16)
-    ours = make_trainer(make_model(SHAPE), default_engine(precision), rows=ROWS, seq_len=SEQ_LEN)
+    ours = make_trainer(make_model(SHAPE), one_process(precision), rows=ROWS, seq_len=SEQ_LEN)
     sides = {"ours": lambda: train_step(ours), "bare": lambda: timed(bare)}
     found: dict[str, list[float]] = {"ours": [], "bare": []}
 
@@ -130,7 +130,7 @@ def memory(side: str, precision: str, micro_batch_size: int) -> int:
     """Returns the peak bytes of two steps of one pass, in this process."""
     rows, bf16, model = micro_batch_size, precision == "bf16", make_model(SHAPE)
     if side == "ours":
-        trainer = make_trainer(model, default_engine(precision), rows=rows, seq_len=LONG, micro_batch_size=rows)
+        trainer = make_trainer(model, one_process(precision), rows=rows, seq_len=LONG, micro_batch_size=rows)
         train_step(trainer), train_step(trainer)
     else:
         run_trainer(model, rows, LONG, rows, bf16, 2, TrainerCallback())
@@ -139,7 +139,7 @@ def memory(side: str, precision: str, micro_batch_size: int) -> int:
 
 def checkpoint(precision: str) -> list[tuple[str, str, str]]:
     """Returns how long `save` blocks, and the ratio of steps beside its writing to steps without."""
-    trainer = make_trainer(make_model(SHAPE), default_engine(precision), rows=ROWS, seq_len=SEQ_LEN)
+    trainer = make_trainer(make_model(SHAPE), one_process(precision), rows=ROWS, seq_len=SEQ_LEN)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), 0)
         blocked, ratio, during = [], [], 0
@@ -160,29 +160,32 @@ def checkpoint(precision: str) -> list[tuple[str, str, str]]:
         size = sum(file.stat().st_size for file in next(Path(folder).glob("step-*")).rglob("*") if file.is_file())
     text = f"{median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f}, {during} steps beside 4 checkpoints)"
     seconds = f"{median(blocked):.2f} s ({min(blocked):.2f} to {max(blocked):.2f}) for {size / 1e9:.2f} GB"
-    return [(f"checkpoint, {precision}: a step beside it", text, ""), ("save blocks", seconds, "")]
+    return [(f"{precision}, a step beside a checkpoint", text, ""), ("save blocks", seconds, "")]
 
 
-def main(parts: list[str]) -> None:
+def compare_speed(precision: str) -> list[tuple[str, str, str]]:
+    found = speed(precision)
+    tokens = {side: f"{ROWS * SEQ_LEN / median(found[side]):,.0f} tokens/s" for side in SIDES}
+    rows = [(f"{precision}, ours over {side}", ratios(found[side], found["ours"])[1], "1.0") for side in SIDES[1:]]
+    return [*rows, ("of", ", ".join(f"{side} {each}" for side, each in tokens.items()), "")]
+
+
+def compare_memory(precision: str) -> list[tuple[str, str, str]]:
     rows = []
-    for precision in ("float32", "bf16") if find_device().type == "cpu" else ("bf16",):
-        if not parts or "speed" in parts:
-            found = speed(precision)
-            tokens = ROWS * SEQ_LEN
-            for side in SIDES:
-                rows.append((f"tokens/s, {precision}, {side}", f"{tokens / median(found[side]):,.0f}", ""))
-            for side in SIDES[1:]:
-                rows.append((f"speed, {precision}: ours over {side}", ratios(found[side], found["ours"])[1], "1.0"))
-        if not parts or "memory" in parts:
-            for size in (1, 2):
-                peaks = {side: int(child(__file__, side, precision, str(size))) for side in ("ours", "trainer")}
-                of = ", ".join(f"{side} {peak / 1e9:.2f} GB" for side, peak in peaks.items())
-                ratio = peaks["ours"] / peaks["trainer"]
-                name = f"memory, {precision}, {size} x {LONG} tokens a pass: ours over trainer"
-                rows.append((name, f"{ratio:.3f} ({of})", "0.8"))
-        if not parts or "checkpoint" in parts:
-            rows += checkpoint(precision)
-    show(rows)
+    for size in (1, 2):
+        peaks = {side: int(child(__file__, side, precision, str(size))) for side in ("ours", "trainer")}
+        of = ", ".join(f"{side} {peak / 1e9:.2f} GB" for side, peak in peaks.items())
+        name = f"memory, {precision}, {size} x {LONG} tokens a pass"
+        rows.append((name, f"{peaks['ours'] / peaks['trainer']:.3f} ({of})", "0.8"))
+    return rows
+
+
+def main(words: list[str]) -> None:
+    parts = {"speed": compare_speed, "memory": compare_memory, "checkpoint": checkpoint}
+    precisions = ("float32", "bf16") if find_device().type == "cpu" else ("bf16",)
+    for precision in [each for each in precisions if each in words] or precisions:
+        for name in [each for each in parts if each in words] or parts:
+            show(parts[name](precision))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from statistics import median
 
 import steps
 import torch
-from shapes import default_engine, make_model, make_trainer, now, quiet, show, timed, train_step
+from shapes import find_device, make_model, make_trainer, now, one_process, quiet, show, timed, train_step
 
 from efficientllm.space import find_space
 from efficientllm.training.device import memory_bytes
@@ -33,7 +33,7 @@ def matrix_rate(device: torch.device, size: int) -> float:
 
 def model_rate(name: str, precision: str, rows: int, seq_len: int) -> tuple[float, str]:
     """Returns the model's FLOP/s in training, compiled, and its tokens/s in words."""
-    engine = default_engine(precision, compiles=True)
+    engine = one_process(precision, compiles=True)
     model = make_model(name)
     space = find_space(model)
     micro = fitting_micro_batch(
@@ -54,7 +54,7 @@ def model_rate(name: str, precision: str, rows: int, seq_len: int) -> tuple[floa
 
 
 def main(smoke: bool) -> None:
-    device = default_engine().device
+    device = find_device()
     if device.type != "cuda" and not smoke:
         print("no GPU here: utilisation is measured on one alone (--smoke runs the code at a tiny shape)")
         return
