@@ -36,7 +36,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from efficientllm.training.checkpoint import Checkpoints
 
 SHAPE = "SmolLM-135M"
-ROWS, SEQ_LEN, ROUNDS, WARMUP = 2, 512, 8, 2
+ROWS, SEQ_LEN, ROUNDS, WARMUP = 2, 512, 6, 1
 LONG = 2048  # tokens of a row where memory is measured
 SIDES = ("ours", "bare", "trainer")
 
@@ -100,6 +100,7 @@ def run_trainer(
             gradient_accumulation_steps=rows // micro_batch_size,
             max_steps=steps,
             bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),  # else it refuses bf16
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
