@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-all bench
+.PHONY: install demo check test test-all test-edge bench
 
 install: $(STAMP)
 
@@ -27,6 +27,16 @@ test: install
 
 test-all: install
 	$(BIN)/pytest
+
+# llama.cpp is built from source here: minutes on many cores, up to half an hour on two.
+EDGE := .venv/.installed-edge
+
+$(EDGE): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,llamacpp]'
+	@touch $@
+
+test-edge: $(EDGE)
+	$(BIN)/pytest tests/test_gguf.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_export_folder.py tests/test_bench.py
 
 bench:
 	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark scripts"

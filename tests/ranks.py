@@ -128,7 +128,7 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 if meeting.is_main:
                     results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(expected, found)
                     out.write_text(json.dumps(results, indent=1))
-            for kind in engines if not compensate else ():
+            for kind in engines if name == names[0] and not compensate else ():
                 # one process is every rank by itself, each with a folder of its own
                 own = folder / f"{kind}-{name}-{meeting.rank}"
                 results[f"{kind} to one {name}"] = compare(

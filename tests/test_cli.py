@@ -16,7 +16,7 @@ import yaml
 from efficientllm.cli import build_parser, main
 from efficientllm.training.config import FIELDS, flag_name
 
-VERBS = ("inspect", "plan", "prepare", "prune", "generate", "push")
+VERBS = ("inspect", "plan", "prepare", "prune", "generate", "export", "bench", "push")
 
 
 def run_cli(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,7 @@ def torchrun(num_ranks: int, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("num_ranks", "engines", "families"),
     [
@@ -45,7 +46,8 @@ def test_every_engine_prunes_as_one_process_does(num_ranks: int, engines: str, f
     assert "ranks 0 and 1 chose different units" in told["error"] and "nothing was removed" in told["error"]
     assert half["gathered"] == ["torch.bfloat16"] and half["kept"] == ["torch.float32"]
     assert half["losses"] == pytest.approx(half["exact"], rel=1e-2) and half["losses"] != half["exact"]
-    assert len(results) == len(engines.split(",")) * len(families.split(",")) * 4  # A, B, and moved there and back
+    # A and B of every family, and the first one moved there and back
+    assert len(results) == len(engines.split(",")) * (2 * len(families.split(",")) + 2)
     for case, found in results.items():
         assert found["removals"] > 25 and found["same_removals"], case
         # norms compute in float32 whatever the weights are: a sum in another order may flip a rounding there

@@ -26,6 +26,7 @@ from efficientllm.training.config import (
 )
 
 LIMITS = ("round_to", "min_ffn", "min_hidden", "min_kv")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 TEXT = ("text_field", "txt_split", "document_separator")
 GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "size": ("target_params", *LIMITS, "save_at"),
@@ -178,6 +179,29 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     _add_fields(generate, ("seed", "trust_remote_code"))
 
+    export = add(
+        "export",
+        _export,
+        "MODEL --to gguf|onnx|hf --out FILE [flags]",
+        "writes a model for a device, and proves it there",
+    )
+    export.add_argument("model", metavar="MODEL", help="run folder, model folder or hub id")
+    export.add_argument("--to", metavar="gguf|onnx|hf", required=True, help="format")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write; a folder for onnx and hf")
+    export.add_argument("--type", metavar="TYPE", help=f"of gguf: {' '.join(GGUF_TYPES)}")
+    export.add_argument("--dtype", metavar=FIELDS["dtype"].metadata["metavar"], help="of hf: the weights' dtype")
+    export.add_argument("--shard-size", metavar="SIZE", help="of hf: largest file of weights, such as 2GB")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_fields(export, ("trust_remote_code",))
+
+    bench = add("bench", _bench, "MODEL... [flags]", "compares models' speed, memory and size on this machine")
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="run, model or ONNX folder, .gguf file, or hub id")
+    bench.add_argument("--runtime", metavar="torch|llama.cpp|onnx", help="refuse models that are for another")
+    bench.add_argument("--prompt", metavar="N", default="128", help="tokens to read (default: 128)")
+    bench.add_argument("--new", metavar="N", default="64", help="tokens to generate (default: 64)")
+    bench.add_argument("--json", action="store_true", help="print numbers for programs")
+    _add_fields(bench, ("trust_remote_code",))
+
     push = add("push", _push, "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
     push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")
@@ -307,6 +331,42 @@ def _generate(given: argparse.Namespace) -> int:
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _export(given: argparse.Namespace) -> int:
+    _check_choice("--to", given.to, ("gguf", "onnx", "hf"))
+    _check_choice("--type", given.type, GGUF_TYPES)
+    _check_choice("--dtype", given.dtype, FIELDS["dtype"].metadata["choices"])
+    from efficientllm.delivery.export import export
+
+    return export(
+        given.model,
+        given.to,
+        given.out,
+        type=given.type,
+        dtype=given.dtype,
+        shard_size=given.shard_size,
+        overwrite=given.overwrite,
+        trust_remote_code=getattr(given, "trust_remote_code", False),
+    )
+
+
+def _bench(given: argparse.Namespace) -> int:
+    _check_choice("--runtime", given.runtime, ("torch", "llama.cpp", "onnx"))
+    prompt, new = parse_count(given.prompt, "--prompt"), parse_count(given.new, "--new")
+    if min(prompt, new) < 1:
+        raise ConfigError(f"--prompt {prompt}, --new {new}: give whole numbers from 1")
+    from efficientllm.delivery.bench import bench
+
+    trust = getattr(given, "trust_remote_code", False)
+    return bench(
+        given.models, runtime=given.runtime, prompt=prompt, new=new, as_json=given.json, trust_remote_code=trust
+    )
+
+
+def _check_choice(flag: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
 
 
 def _push(given: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from efficientllm.delivery.load import finished_model
 from efficientllm.errors import ConfigError
 
 
@@ -13,7 +14,9 @@ def push(run: str, repo: str, *, private: bool) -> int:
     """
     from huggingface_hub import HfApi, get_token
 
-    folder = _model_folder(Path(run).expanduser(), run)
+    folder = Path(finished_model(run, "push"))
+    if not folder.is_dir():
+        raise ConfigError(f"push {run}: no such folder; name a run folder or a model folder")
     if get_token() is None:
         raise ConfigError(f"push to {repo}: no hub token found; run 'hf auth login' or set HF_TOKEN")
     api = HfApi()
@@ -27,14 +30,3 @@ def push(run: str, repo: str, *, private: bool) -> int:
         ) from None
     print(url)
     return 0
-
-
-def _model_folder(path: Path, run: str) -> Path:
-    if not path.is_dir():
-        raise ConfigError(f"push {run}: no such folder; name a run folder or a model folder")
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    if (path / "config.yaml").is_file():
-        raise ConfigError(f"push {run}: the run is not finished, it has no model/; finish it with prune --resume")
-    raise ConfigError(f"push {run}: holds neither model/ nor a config.json with safetensors; name a run folder")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from efficientllm.errors import EfficientLLMError
+from efficientllm.delivery.load import find_model, load_config, load_model, load_tokenizer
+from efficientllm.errors import ConfigError, EfficientLLMError
 from efficientllm.pruning.relabel import llama_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_COMPARED = 32
 
 
@@ -25,11 +28,12 @@ def save_model(
     source: Path,
     dtype: torch.dtype,
     card: str,
+    shard_size: str = "50GB",
 ) -> None:
     """Writes a compacted model with tokenizer, generation config and model card, whole or not at all; then proves it.
 
     The folder's model is a stock one: Llama where the shape is legal for it, else Mistral, which is the same function.
-    An older folder of that name is replaced.
+    An older folder of that name is replaced. An empty card is none; no file of weights is larger than `shard_size`.
 
     Raises:
         EfficientLLMError: if what was written does not load as the same model.
@@ -39,11 +43,12 @@ def save_model(
     partial.mkdir(parents=True)
     try:
         was_llama = json.loads((source / "config.json").read_text())["model_type"] == "llama"
-        stock_model(model, dtype, was_llama).save_pretrained(partial)
+        stock_model(model, dtype, was_llama).save_pretrained(partial, max_shard_size=shard_size)
         tokenizer.save_pretrained(partial)
         if (source / "generation_config.json").is_file():  # as it is: loading it would refuse what others accept
             shutil.copy(source / "generation_config.json", partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         check_reload(model, partial, dtype)
         for file in partial.rglob("*"):
             if file.is_file():
@@ -54,6 +59,33 @@ def save_model(
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_folder(
+    model: str, out: Path, *, dtype: str, shard_size: str | None, overwrite: bool, trust_remote_code: bool
+) -> None:
+    """Writes a model anew in another dtype, in files of at most `shard_size`, with its own card.
+
+    Raises:
+        EfficientLLMError: it cannot be loaded, the output is there, or what was written is not the model.
+    """
+    from efficientllm.delivery.export import check_out, check_space
+
+    size = shard_size or "50GB"
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", size):
+        raise ConfigError(f"--shard-size {size}: write digits with KB, MB, GB or TB, such as 2GB")
+    check_out(out, overwrite, folder=True)
+    load_config(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    loaded = load_model(model, torch.float32, trust_remote_code)
+    num_bytes = DTYPES[dtype].itemsize * sum(param.numel() for param in loaded.parameters())
+    check_space(out, num_bytes)
+    source = find_model(model)
+    card = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").is_file() else ""
+    save_model(loaded, out, tokenizer=tokenizer, source=source, dtype=DTYPES[dtype], card=card, shard_size=size)
+    files = sorted(out.glob("*.safetensors"))
+    print(f"{out}: {sum(file.stat().st_size for file in files):,} bytes in {len(files)} files, {dtype}")
+    print("loaded again: every weight is the model's, rounded; the logits agree")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientllm.errors import UnsupportedModelError
+from efficientllm.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,23 @@ def find_model(model: str, weights: bool = False) -> Path:
             f"model {model}: no such folder, and the hub gave no such model ({_first_line(error)}); "
             "check the name or the connection"
         ) from None
+
+
+def finished_model(run: str, verb: str) -> str:
+    """The model of a finished run, or what was named if that is a model folder, or no folder and so a hub id.
+
+    Raises:
+        ConfigError: a run that is not finished, or a folder that holds no model.
+    """
+    path = Path(run).expanduser()
+    if not path.is_dir():
+        return run
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return str(folder)
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{verb} {run}: the run is not finished, it has no model/; finish it with prune --resume")
+    raise ConfigError(f"{verb} {run}: holds neither model/ nor a config.json with safetensors; name a run folder")
 
 
 def native_dtype(config: "PretrainedConfig") -> "torch.dtype":

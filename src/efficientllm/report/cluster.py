@@ -129,13 +129,10 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
         copies.append("squared gradients")
     if config.compensate:
         copies.append("inputs of layers")
-    lines = [
+    return [
         "rows: of a pass; states: weights, gradients, moments; activations: saved by it;",
         f"copies: {', '.join(copies) or 'none'}",
     ]
-    if cluster.num_gpus > 1:
-        lines.append("fsdp keeps gradients whole while it adds up several passes, and shards the sum")
-    return lines
 
 
 def suggestion_lines(suggestions: list[Suggestion], setup: Setup) -> list[str]:

@@ -6,8 +6,8 @@
 Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n of a tensor to gather or reduce it):
 
     ddp     2 (n-1)/n · 4P                               gradients, float32, once a step
-    fsdp    (s-1)/s · (m·c·(R + 2L) + 4P)                weights of every micro-batch, forward and backward; gradients
-            + 2 (n/s-1)/(n/s) · 4P/s                     gradients among the n/s copies (hybrid sharding)
+    fsdp    (s-1)/s · m·(c·(R + 2L) + 4P)                of every micro-batch: weights, forward and backward; gradients
+            + 2 (n/s-1)/(n/s) · 4P/s                     gradients among the n/s copies (hybrid sharding), once a step
 """
 
 import math
@@ -158,7 +158,7 @@ def traffic(space: Space, shape: Shape, setup: Setup, num_gpus: int) -> dict[int
     root, layer = fsdp_groups(space, shape)
     passes = setup.rows // setup.micro_batch_size
     weights = PRECISIONS[setup.precision] * (root + 2 * layer * space.num_layers)
-    sent = {shards: _ring(shards) * (passes * weights + gradients)}
+    sent = {shards: _ring(shards) * passes * (weights + gradients)}
     if shards < num_gpus:
         sent[num_gpus] = 2 * _ring(num_gpus // shards) * gradients / shards
     return sent

@@ -164,7 +164,8 @@ class FSDP(_Ranks):
         return sharded
 
     def accumulate(self, model: Any, last: bool) -> AbstractContextManager[Any]:
-        model.set_requires_gradient_sync(last)
+        # every pass's gradients go to their shards: whole, they would take what sharding saves; copies meet in the last
+        model.set_requires_all_reduce(last)
         return nullcontext()
 
     def whole(self, tensor: Tensor) -> Tensor:

@@ -127,11 +127,9 @@ def estimate(
     sharded = engine == "fsdp"
     held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
     accumulates = rows > micro_batch_size
-    # FSDP adds up the gradients of several micro-batches whole, and shards only their sum
-    gradients = weight_bytes * params if sharded and accumulates else held
     return Memory(
         weights=held,
-        gradients=gradients,
+        gradients=held,
         moments=2 * held,
         activations=tokens * (saved + FLOAT32 * 3 * hidden),  # the last norm as any other
         logits=min(tokens, max(1, CHUNK // space.vocab_size)) * space.vocab_size * (FLOAT32 + activation_bytes * mixed)

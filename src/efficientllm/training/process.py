@@ -62,7 +62,7 @@ class Engine(Layout):
         return model
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns what a micro-batch runs under: gradients are summed over ranks in the last one alone."""
+        """Returns what a micro-batch runs under: gradients are summed over copies in the last one alone."""
         return nullcontext()
 
     def compact(self, model: nn.Module, optimizer: Optimizer, space: Space, units: Retired) -> nn.Module:

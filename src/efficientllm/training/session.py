@@ -6,6 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
 from efficientllm.delivery.card import Facts, model_card
@@ -224,14 +225,15 @@ class Run:
         )
         model = self.engine.gather(self.trainer.model)
         if self.engine.is_main:
-            save_model(
-                model,
-                folder,
-                tokenizer=self.source.tokenizer,
-                source=self.source.path,
-                dtype=self.source.dtype,
-                card=model_card(facts, self.source.path),
-            )
+            with torch.compiler.set_stance("force_eager"):  # its proof is one pass
+                save_model(
+                    model,
+                    folder,
+                    tokenizer=self.source.tokenizer,
+                    source=self.source.path,
+                    dtype=self.source.dtype,
+                    card=model_card(facts, self.source.path),
+                )
         self.engine.wait()
 
     def _resume_command(self) -> str:
