@@ -317,7 +317,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    quiet(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    quiet()
     if sys.argv[1:2] == ["--worker"]:
         worker = {"speed": speed_worker, "sent": sent_worker, "compaction": compaction_worker}[sys.argv[2]]
         answer = worker(*sys.argv[3:])
