@@ -39,5 +39,5 @@ test-edge: $(EDGE)
 	$(BIN)/pytest tests/test_gguf.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_export_folder.py tests/test_bench.py
 
 bench:
-	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark scripts"
-	@echo "Run one with $(BIN)/python; benchmarks/README.md holds commands and results."
+	@sed -n 's|^    python benchmarks|$(BIN)/python benchmarks|p' benchmarks/*.py
+	@echo "benchmarks/README.md holds results."
