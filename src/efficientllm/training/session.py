@@ -67,7 +67,6 @@ class Run:
             self.trainer = Trainer(
                 model, self.config, self.recipe, self.source.limits, self.engine, self._landed, self.source.budget
             )
-            del model  # under FSDP the whole one is not needed any more
             if checkpoint:
                 self.trainer.restore(checkpoint)
             begun = self.trainer.step if checkpoint else -1
