@@ -167,15 +167,19 @@ def test_a_restart_does_not_take_over_a_folder_that_was_refused(corpus: Path, on
 
 
 @pytest.mark.slow
-def test_a_worker_killed_on_each_of_two_machines_costs_each_one_restart(corpus: Path, tmp_path: Path) -> None:
-    """A torchrun a machine, both on this one; each counts its restarts, and has one."""
+def test_a_worker_killed_on_each_of_two_machines_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+    """A torchrun a machine, both on this one.
+
+    Each counts its restarts by itself: a death costs the other machine one too, if its worker has met the broken
+    connection before its torchrun hears of the restart.
+    """
     unhurt, hurt = tmp_path / "unhurt", tmp_path / "hurt"
     done = torchrun(2, "-m", "efficientllm", *words_of(corpus, unhurt))
     assert done.returncode == 0, errors_of(done.stderr)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", endpoint]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launch, "-m", "efficientllm", *words_of(corpus, hurt)]

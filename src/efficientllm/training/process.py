@@ -122,8 +122,9 @@ class Engine(Layout):
     def _count_and_compile(self, graph: Any, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        self.compilations += 1
-        return compile_fx(graph, inputs)
+        made = compile_fx(graph, inputs)
+        self.compilations += 1  # not before: torch leaves a first try, and comes again, where it meets a scalar
+        return made
 
 
 def training_dtype(model: nn.Module) -> torch.dtype:
