@@ -9,7 +9,6 @@ compaction  seconds and extra memory of cutting a tile of 64 at SmolLM-135M's sh
             bytes that it reads and writes there (weights, gradients, two moments) at the rate measured here
 """
 
-import gc
 import json
 import os
 import socket
@@ -243,8 +242,6 @@ def compaction_worker(name: str, kind: str) -> dict[str, float]:
     trainer: Trainer = make_trainer(
         model, engine, rows=2, seq_len=64, target=target, pace=LinearPace(3, 2), limits=limits
     )
-    del model
-    gc.collect()  # the source, whole, is in a cycle
     found: dict[str, float] = {}
     compact = engine.compact
 

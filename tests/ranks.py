@@ -1,14 +1,17 @@
 """Runs under torchrun: every engine of this number of ranks against one process, case by case; see test_engine.py."""
 
+import gc
 import json
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from efficientllm.delivery.load import empty_model
 from efficientllm.errors import TrainingError
@@ -17,6 +20,7 @@ from efficientllm.space import find_limits, find_space
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.engine import DDP, FSDP
+from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.trainer import Trainer
@@ -147,6 +151,7 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 results[f"one to {kind} {name}"] = compare(expected, moved(Engine(CPU), make_engine(kind), name, own))
     results["disagreement"] = {"error": disagreement(meeting)}
     results["bf16"] = half_precision()
+    results["room"] = {kind: room(make_engine(kind)) for kind in (*engines, "one")}
     if meeting.is_main:
         out.write_text(json.dumps(results, indent=1))
     meeting.close()
@@ -182,6 +187,34 @@ def half_precision() -> dict[str, Any]:
     return {"gathered": sorted(set(gathered)), "kept": sorted(kept), "losses": losses, "exact": exact}
 
 
+def room(engine: Engine) -> dict[str, int]:
+    """Returns the most bytes that a compaction takes beside what stood here before, and what they are bounded by."""
+    gc.collect()  # what other cases left would be freed under the profiler's eyes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:  # releases too, if from the start
+        model = make_model(
+            "llama-tied", dtype=torch.float32, hidden_size=120, intermediate_size=360, num_hidden_layers=8
+        )
+        space = find_space(model)
+        held = sum(param.numel() for param in model.parameters())
+        largest = max(param.numel() for param in model.parameters())
+        chunked_loss_(model)
+        model = engine.wrap(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        tokens = torch.randint(0, VOCAB, (2, LENGTH))
+        engine.forward(model)(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        engine.wait()
+        with record_function("compaction"):
+            model = engine.compact(model, optimizer, space, {"hidden": list(range(16))})
+    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    events = sorted(watched.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    (span,) = [event for event in events if event.name() == "compaction"]
+    changes = [event for event in events if event.name() == "[memory]"]
+    before = sum(event.nbytes() for event in changes if event.start_ns() < span.start_ns())
+    during = [event.nbytes() for event in changes if span.start_ns() <= event.start_ns() <= span.end_ns()]
+    return {"peak": max(accumulate(during)), "before": before, "largest": 4 * largest, "all": 16 * held}
+
+
 def make_trainer_float32(engine: Engine) -> Trainer:
     source = make_model("qwen2", dtype=torch.float32)
     space = find_space(source)
@@ -203,6 +236,8 @@ def make_trainer_float32(engine: Engine) -> Trainer:
 
 
 def make_engine(kind: str) -> Engine:
+    if kind == "one":
+        return Engine(CPU)
     return DDP(CPU) if kind == "ddp" else FSDP(CPU, shards=2 if kind == "hsdp" else dist.get_world_size())
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -79,19 +80,34 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, axes in kept.items():
         old = params[name]
+        grad, state = take_(old, optimizer, partial(select, axes=axes))
         new = nn.Parameter(select(old.data, axes), requires_grad=old.requires_grad)
-        new.grad = None if old.grad is None else select(old.grad, axes)
+        old.data = old.data.new_empty(0)  # the old and the new model never stand side by side
+        new.grad = grad
+        if optimizer is not None and state:
+            optimizer.state[new] = state
         for module, attribute in places[old]:
             setattr(module, attribute, new)
-        if optimizer is not None and old in optimizer.state:
-            sliced = {key: select(value, axes) for key, value in state_tensors(optimizer, old).items()}
-            optimizer.state[new] = {**optimizer.state.pop(old), **sliced}
         replaced[old] = new
-        old.grad, old.data = None, old.data.new_empty(0)  # the old and the new model never stand side by side
     for group in optimizer.param_groups if optimizer is not None else ():
         group["params"] = [replaced.get(param, param) for param in group["params"]]
     shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}
     resize_config(model, shape, space.head_dim)
+
+
+def take_(
+    old: nn.Parameter, optimizer: Optimizer | None, cut: Callable[[Tensor], Tensor]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Takes a parameter's gradient and optimizer state from it and returns them, cut.
+
+    One tensor after the other, so that no two of them stand in both sizes at once.
+    """
+    names = list(state_tensors(optimizer, old))  # names alone: the tensors are to go
+    grad, old.grad = None if old.grad is None else cut(old.grad), None
+    state: dict[str, Any] = optimizer.state.pop(old, {}) if optimizer is not None else {}
+    for name in names:
+        state[name] = cut(state[name])
+    return grad, state
 
 
 def kept_entries(model: nn.Module, space: Space, units: Retired) -> dict[str, list[tuple[int, Tensor]]]:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import ConfigError, TrainingError
 from efficientllm.pruning.relabel import relabel_llama_
-from efficientllm.pruning.removal import compact_, kept_entries, select, state_tensors
+from efficientllm.pruning.removal import compact_, kept_entries, select, take_
 from efficientllm.pruning.saliency import Retired
 from efficientllm.pruning.selection import Removal
 from efficientllm.space.dims import Space
@@ -150,7 +150,10 @@ class FSDP(_Ranks):
         return nullcontext()  # the policy casts
 
     def wrap(self, model: "PreTrainedModel") -> Any:
-        """Returns the model sharded in float32; a rank takes its own rows, and `model` may be mapped from a file."""
+        """Returns the model sharded in float32; a rank takes its own rows, and `model` may be mapped from a file.
+
+        `model` is left without weights, for whoever still holds it.
+        """
         relabel_llama_(model)
         self._skeleton = on_meta(model).to(training_dtype(model))
         sharded = self._sharded_skeleton()
@@ -162,6 +165,7 @@ class FSDP(_Ranks):
                 if not source[name].is_meta:
                     mine.copy_(source[name][first : first + len(mine)])
         self._finish(sharded, model)
+        model.to("meta")
         return sharded
 
     def accumulate(self, model: Any, last: bool) -> AbstractContextManager[Any]:
@@ -187,9 +191,9 @@ class FSDP(_Ranks):
     def compact(self, model: nn.Module, optimizer: Optimizer, space: Space, units: Retired) -> nn.Module:
         """Builds the model anew at the smaller shape and moves weights and moments there, a parameter at a time.
 
-        Beside the old shards a rank holds one parameter's new ones, and what loses rows once whole, as a weight and as
-        each moment in turn: a layer's largest matrix, for the vocabulary never shrinks. An old parameter's memory is
-        freed before the next one comes.
+        Beside its shards a rank holds, at the most, four times the largest matrix that loses rows: gathered, whole
+        without them, and in the making of either. The vocabulary never shrinks, so that is a matrix of a layer. An old
+        parameter's memory is freed before the next one comes.
         """
         kept = kept_entries(model, space, units)
         compact_(self._skeleton, None, space, units)
@@ -213,13 +217,11 @@ class FSDP(_Ranks):
 
     def _move(self, old: nn.Parameter, new: nn.Parameter, axes: list[tuple[int, Tensor]], optimizer: Optimizer) -> None:
         """Gives a new parameter what stays of an old one's weights, gradient and moments, and frees the old one."""
+        new.grad, state = take_(old, optimizer, lambda tensor: self._cut(tensor, axes, new))
+        if state:
+            optimizer.state[new] = state
         with torch.no_grad():
             self.local(new).copy_(self.local(self._cut(old, axes, new)))
-        if old in optimizer.state:
-            moments = {key: self._cut(each, axes, new) for key, each in state_tensors(optimizer, old).items()}
-            optimizer.state[new] = {**optimizer.state.pop(old), **moments}
-        if old.grad is not None:
-            new.grad, old.grad = self._cut(old.grad, axes, new), None
         self.local(old).untyped_storage().resize_(0)
 
     def gather(self, model: nn.Module) -> Any:
