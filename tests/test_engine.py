@@ -171,6 +171,16 @@ def test_a_killed_worker_is_started_again_and_changes_nothing(engine: str, corpu
 
 
 @pytest.mark.slow
+def test_what_the_first_rank_alone_finds_is_told_in_one_line(tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("no json\n" * 9)
+    done = torchrun(2, "-m", "efficientllm", *words_of(data, tmp_path / "run"))
+    said = [line for line in errors_of(done.stderr).splitlines() if "efficientllm:" in line or "[rank" in line]
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert len(said) == 1 and "text.jsonl" in said[0], said
+
+
+@pytest.mark.slow
 def test_a_restart_does_not_take_over_a_folder_that_was_refused(corpus: Path, one_process: Path) -> None:
     before = {file: file.read_bytes() for file in one_process.rglob("*") if file.is_file()}
     command = torchrun_command(2, "-m", "efficientllm", *words_of(corpus, one_process), restarts=1)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from efficientllm.errors import ConfigError, TrainingError
+from efficientllm.errors import ConfigError, EfficientLLMError, TrainingError
 from efficientllm.pruning.relabel import relabel_llama_
 from efficientllm.pruning.removal import compact_, kept_entries, select, take_
 from efficientllm.pruning.saliency import Retired
@@ -58,6 +58,17 @@ class _Ranks(Engine):
 
     def wait(self) -> None:
         dist.barrier()
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        result, failure = None, None
+        try:
+            result = work() if self.is_main else None
+        except (EfficientLLMError, OSError) as error:
+            failure = error
+        (failed,) = self.largest(failure is not None)
+        if failed:
+            raise failure or TrainingError("the first rank could not go on")
+        return result
 
     def sum_to(self, tensor: Tensor, rank: int) -> Tensor:
         dist.reduce(tensor, rank)

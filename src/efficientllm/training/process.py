@@ -86,6 +86,14 @@ class Engine(Layout):
     def wait(self) -> None:
         """Returns when every rank has come here."""
 
+    def first(self, work: Callable[[], Any]) -> Any:
+        """Lets the main rank do something before the others go on, and returns to it what came of it.
+
+        Raises:
+            EfficientLLMError: on every rank, if it failed; the main rank's own error says why.
+        """
+        return work()
+
     def gather(self, model: nn.Module) -> Any:
         """Returns the model whole; it holds only on the main rank."""
         return model

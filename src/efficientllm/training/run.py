@@ -51,12 +51,14 @@ def _begin(config: RunConfig, out: Path) -> int:
     model = _initial_model(config, engine)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     _introduce(display, config, source, recipe, engine)
-    if engine.is_main:
+
+    def make_folder() -> None:
         with new_folder(out) as staging:
             _open_corpus(config, source, staging / "data", display)
             write_config(staging, config)
         claim_folder()
-    engine.wait()  # the folder has its name now
+
+    engine.first(make_folder)
     corpus = _open_corpus(config, source, out / "data", display)
     code = Run(config, out, source, recipe, corpus, display, engine).go(model, None)
     engine.close()
@@ -80,12 +82,14 @@ def _resume(config: RunConfig, out: Path) -> int:
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
         raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; bring it back")
     engine.wait()  # everyone has read what is there
-    if engine.is_main:
+
+    def change_folder() -> None:
         if more:
             _reopen(out, stored, checkpoint)
         write_config(out, config)
         claim_folder()
-    engine.wait()
+
+    engine.first(change_folder)
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
     model = empty_model(checkpoint.config(), str(out)) if checkpoint else _initial_model(config, engine)
     code = Run(config, out, source, recipe, corpus, display, engine).go(model, checkpoint)
@@ -125,7 +129,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
 
 def _agreed_checkpoint(folder: Path, at_most: int | None, display: Display, engine: Engine) -> Checkpoint | None:
     """Returns the checkpoint that the main rank finds; it alone reads all of it to see that it is whole."""
-    found = last_checkpoint(folder, at_most, display.warn) if engine.is_main else None
+    found: Checkpoint | None = engine.first(lambda: last_checkpoint(folder, at_most, display.warn))
     (step,) = engine.largest(found.step if found else -1)
     return found or (open_checkpoint(folder, step) if step >= 0 else None)
 
