@@ -1,0 +1,32 @@
+"""What the defaults rest on: saliency, scored matrices, smoothing, the stem, layout, distillation."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from runner import Results, Run, loss_table, main
+from scales import Scale
+
+CHOICES = {
+    "efficientllm": ("the defaults", {}),
+    "distill": ("--distill", {"distill": True}),
+    "fisher": ("--saliency fisher", {"saliency": "fisher"}),
+    "score-all": ("--score all", {"score": "all"}),
+    "ema": ("--score-ema 0.9", {"score_ema": 0.9}),
+    "no-stem": ("hidden size kept (--min-hidden 64)", {"min_hidden": 64}),
+    "no-heads": ("heads kept (--min-kv 4)", {"min_kv": 4}),
+    "per-layer": ("--layout per-layer", {"layout": "per-layer"}),
+}
+
+
+def runs(scale: Scale) -> Sequence[Run]:
+    return [Run(name, flags) for name, (_, flags) in CHOICES.items()]
+
+
+def table(results: Results, scale: Scale) -> str:
+    return loss_table(results, {name: text for name, (text, _) in CHOICES.items()}, "efficientllm")
+
+
+if __name__ == "__main__":
+    main(__doc__, __file__, runs, table)

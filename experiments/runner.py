@@ -1,0 +1,221 @@
+"""What the experiments share: runs of `efficientllm prune` that differ in a few flags, and tables of what came of them.
+
+    python experiments/NAME/run.py [--scale tiny] [--shared ../shared] [--seeds 1 2 3] [--jobs 2] [--table]
+
+Runs what is missing, `--jobs` at a time with one thread each, and goes on with what was broken off; then prints the
+table and writes it to the experiment's results.md. Experiments that name the same run share it. A run's folder is
+runs/experiments/SCALE/NAME-sSEED; its metrics, removals and config are kept in experiments/results.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scales import SCALES, Scale
+
+HERE = Path(__file__).parent
+KEPT = ("metrics.jsonl", "removals.jsonl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, to be made with every seed.
+
+    Attributes:
+        name: its folder's.
+        flags: flags of `prune` that differ from the scale's, by name; True for a switch, None to leave one out.
+        shape_of: the run whose final shape it takes, of the same seed.
+        seeds: how many of the seeds it is made with (default: all).
+    """
+
+    name: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    shape_of: str | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one run: rows with a validation loss, the whole of metrics.jsonl, removals, seconds."""
+
+    seed: int
+    rows: list[dict[str, Any]]
+    removals: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["valid_loss"] for row in self.rows if "valid_loss" in row]
+
+    @property
+    def final(self) -> float:
+        return self.losses[-1]
+
+    @property
+    def params(self) -> int:
+        return int(self.rows[-1]["params"])
+
+    @property
+    def seconds(self) -> float:
+        """Time of the steps alone, as the run logged it."""
+        pairs = [(row["tokens"], row.get("tokens_per_second")) for row in self.rows]
+        return sum((after[0] - before[0]) / after[1] for before, after in pairwise(pairs) if after[1])
+
+
+Results = dict[str, list[Result]]
+
+
+def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Callable[[Results, Scale], str]) -> None:
+    """The command line of an experiment."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="run nothing; only the table of what is there")
+    asked = parser.parse_args()
+    scale = SCALES[asked.scale]
+    wanted = runs(scale)
+    if not asked.table:
+        execute(wanted, asked.scale, scale, asked.shared, asked.seeds, asked.jobs)
+    results = {run.name: found for run in wanted if (found := load(run, asked.scale, asked.seeds))}
+    for run in wanted:
+        done = [result.seed for result in results.get(run.name, [])]
+        print(f"{run.name}: seeds {', '.join(map(str, done)) or 'none'}", file=sys.stderr)
+    text = table(results, scale)
+    print(text)
+    command = f"python experiments/{Path(file).parent.name}/run.py --scale {asked.scale}"
+    head = f"<!-- {command}; {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {processor()}, one thread a run -->"
+    (Path(file).parent / f"results-{asked.scale}.md").write_text(f"{head}\n\n{text}\n")
+
+
+def execute(wanted: Sequence[Run], name: str, scale: Scale, shared: Path, seeds: list[int], jobs: int) -> None:
+    """Makes the runs that are missing; one whose shape another takes comes first."""
+    waiting = [(run, seed) for position in range(len(seeds)) for run in wanted for seed in chosen(run, seeds, position)]
+    waiting = [(run, seed) for run, seed in waiting if not kept(run.name, name, seed).exists()]
+    under_way: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    failed: set[tuple[str, int]] = set()
+    while waiting or under_way:
+        for run, seed in list(waiting):
+            needs = run.shape_of and not (folder(run.shape_of, name, seed) / "model").exists()
+            if needs and (run.shape_of, seed) in failed:
+                waiting.remove((run, seed))
+                failed.add((run.name, seed))
+            elif len(under_way) < jobs and not needs:
+                waiting.remove((run, seed))
+                under_way[run.name, seed] = start(run, name, scale, shared, seed)
+                print(f"{time.strftime('%H:%M:%S')} {run.name}-s{seed} ({len(waiting)} wait)", file=sys.stderr)
+        time.sleep(1)
+        for key, process in list(under_way.items()):
+            if process.poll() is None:
+                continue
+            del under_way[key]
+            if process.returncode:
+                failed.add(key)
+                log = folder(key[0], name, key[1]).with_suffix(".log")
+                print(f"{key[0]}-s{key[1]} failed; see {log}", file=sys.stderr)
+            else:
+                keep(*key, name)
+        if waiting and not under_way and all(run.shape_of for run, _ in waiting):
+            missing = {run.shape_of for run, seed in waiting if not (folder(run.shape_of or "", name, seed)).exists()}
+            raise SystemExit(f"runs wait for the shapes of {', '.join(map(str, missing))}, which nothing makes")
+
+
+def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subprocess.Popen[bytes]":
+    out = folder(run.name, name, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = ["prune", "--resume", "--out", str(out)]
+    if not out.exists():
+        flags: dict[str, Any] = {**scale.flags(shared), "seed": seed, "threads": 1, "out": out, **run.flags}
+        if run.shape_of:
+            flags["shape_of"] = folder(run.shape_of, name, seed)
+        words = ["prune", str(shared / scale.source)]
+        for flag, value in flags.items():
+            if value is not None:
+                words += ["--" + flag.replace("_", "-")] + ([] if value is True else [str(value)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = out.with_suffix(".log").open("wb")
+    return subprocess.Popen([sys.executable, "-m", "efficientllm", *words], stdout=log, stderr=log, env=env)
+
+
+def chosen(run: Run, seeds: list[int], position: int) -> list[int]:
+    return seeds[position : position + 1] if run.seeds is None or position < run.seeds else []
+
+
+def folder(run: str, name: str, seed: int) -> Path:
+    return HERE.parent / "runs/experiments" / name / f"{run}-s{seed}"
+
+
+def kept(run: str, name: str, seed: int) -> Path:
+    return HERE / "results" / name / f"{run}-s{seed}"
+
+
+def keep(run: str, seed: int, name: str) -> None:
+    """Keeps what the tables are made from, and the run's config."""
+    source, target = folder(run, name, seed), kept(run, name, seed)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (source / file).exists():
+            with gzip.GzipFile(target / f"{file}.gz", "wb", mtime=0) as packed:
+                packed.write((source / file).read_bytes())
+    for config in (*source.glob("config.*"), source / "model/config.json"):
+        shutil.copy(config, target / ("model.json" if config.parent.name == "model" else config.name))
+
+
+def load(run: Run, name: str, seeds: list[int]) -> list[Result]:
+    """Returns what is kept of a run, by seed."""
+    found = []
+    for seed in seeds:
+        place = kept(run.name, name, seed)
+        if place.exists():
+            rows, removals = (read(place / f"{file}.gz") for file in KEPT)
+            found.append(Result(seed, rows, removals))
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.open(path, "rt")] if path.exists() else []
+
+
+def loss_table(results: Results, names: dict[str, str], against: str | None = None) -> str:
+    """Returns a Markdown table: final loss, its mean and spread over seeds, and how far it is from one of the runs."""
+    lines = ["| run | parameters | loss, by seed | mean ± s.e. |", "|---|---|---|---|"]
+    if against:
+        lines = [lines[0] + f" {names[against]} is better by |", lines[1] + "---|"]
+    for name, text in names.items():
+        if name not in results:
+            lines.append(f"| {text} | not run | | |" + (" |" if against else ""))
+            continue
+        found = results[name]
+        cells = [text, f"{found[0].params:,}", ", ".join(f"{each.final:.3f}" for each in found)]
+        cells.append(with_error([each.final for each in found]))
+        if against:
+            other = {each.seed: each.final for each in results.get(against, [])}
+            gaps = [each.final - other[each.seed] for each in found if each.seed in other]
+            cells.append(with_error(gaps, "+.3f") if gaps and name != against else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_error(values: Sequence[float], form: str = ".3f") -> str:
+    """Returns the mean and its standard error as text."""
+    if len(values) < 2:
+        return format(mean(values), form)
+    return f"{mean(values):{form}} ± {stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
