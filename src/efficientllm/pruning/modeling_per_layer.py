@@ -1,8 +1,9 @@
 """Models whose layers have widths of their own, as `per_layer_config` in config.json gives them.
 
-transformers' own classes build every layer from one width; these build each from its layer's. Saved beside the weights
-by efficientllm (https://arxiv.org/abs/2502.06663), so that `trust_remote_code=True` loads them; needs transformers alone.
+transformers' own classes build every layer from one width; these build each from its layer's. efficientllm saves this
+file beside the weights, so that `trust_remote_code=True` loads them. It needs transformers alone.
 """
+# mypy: disable-error-code="misc,call-arg,attr-defined"
 
 from typing import Any
 
@@ -21,16 +22,16 @@ class PerLayer:
     def __init__(self, config: Any) -> None:
         widths = config.to_dict().get("per_layer_config")
         config.per_layer_config = None  # all that is outside the layers is built as ever
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         if widths:
             config.per_layer_config = widths
             self.model.layers = nn.ModuleList(
                 type(layer)(config.per_layer_config[number], number) for number, layer in enumerate(self.model.layers)
             )
-            self.post_init()  # type: ignore[attr-defined]
+            self.post_init()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        super().set_attn_implementation(*args, **kwargs)
         share_config(self)
 
 

@@ -27,7 +27,7 @@ def model_class(config: Any) -> Any:
 
 
 def set_widths_(config: Any, shape: Shape, head_dim: int) -> None:
-    """Writes a shape into a config: one width for all layers, or the widest and, for each layer that differs, its own."""
+    """Writes a shape into a config: one width for all layers, or the widest and each layer's own beside it."""
     make_uniform_(config)
     sizes: dict[str, Any] = widths(shape)
     per_layer = {name: size for name, size in sizes.items() if isinstance(size, list)}
@@ -55,9 +55,8 @@ def resize_modules_(model: nn.Module, shape: Shape) -> None:
         _, inside, rest = f".{name}".partition(".layers.")
         sizes: dict[str, Any] = {"hidden_size": shape["hidden"]}
         if inside:
-            sizes = widths(in_layer(shape, int(rest.partition(".")[0])))
-            sizes["num_heads"] = sizes["num_attention_heads"]
-            sizes["num_key_value_groups"] = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+            own = in_layer(shape, int(rest.partition(".")[0]))
+            sizes |= {**widths(own), "num_heads": own["kv"] * own["query"], "num_key_value_groups": own["query"]}
         for word, size in sizes.items():
             if isinstance(getattr(module, word, None), int):
                 setattr(module, word, size)

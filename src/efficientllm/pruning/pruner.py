@@ -115,8 +115,8 @@ class Pruner:
                 found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
                 raise BudgetError(
                     f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
-                    f"{shape_text(self.limits.tile)}; floors {shape_text(self.limits.floor)}); ask for another size, or "
-                    "lower --round-to"
+                    f"{shape_text(self.limits.tile)}; floors {shape_text(self.limits.floor)}); ask for another size, "
+                    "or lower --round-to"
                 )
         known = {id(param) for group in optimizer.param_groups for param in group["params"]}
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
@@ -271,9 +271,7 @@ class Pruner:
             dims = self.space.bundles[bundle].dims
             counted = self._ledger.counted(bundle, units)
             saliencies = {
-                kind: lowest
-                for kind in KINDS
-                if (lowest := self._lowest(of_kind(shape, kind), queues)) is not None
+                kind: lowest for kind in KINDS if (lowest := self._lowest(of_kind(shape, kind), queues)) is not None
             }
             chosen = dict(zip((dim.name for dim in dims), queues[bundle].pop(), strict=True))
             after = {**shape, bundle: shape[bundle] - 1}

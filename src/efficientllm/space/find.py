@@ -89,7 +89,7 @@ def find_space(model: nn.Module, per_layer: bool = False) -> Space:
             if sum(lengths[part] for part in parts) != param.shape[axis]:
                 raise UnsupportedModelError(
                     f"{family}: axis {axis} of '{name}' has {param.shape[axis]} entries, its config says "
-                    f"{sum(lengths[part] for part in parts)} ({' + '.join(parts)}); get weights and config from one source"
+                    f"{sum(lengths[part] for part in parts)} ({' + '.join(parts)}); get both from one source"
                 )
             start = 0
             axis_cost = Polynomial({})

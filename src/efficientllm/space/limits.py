@@ -144,6 +144,6 @@ def check_target(
         embedding = space.vocab_size * limits.floor["hidden"]
         raise BudgetError(
             f"{name} {format_count(target)} ({target:,}) is below the smallest reachable size {least:,} {unit} (the "
-            f"embedding alone holds {embedding:,} parameters; floors: {shape_text(limits.floor)}). Raise {name} or lower "
-            "--min-hidden, --min-ffn, --min-kv or --round-to."
+            f"embedding alone holds {embedding:,} parameters; floors: {shape_text(limits.floor)}). Raise {name} or "
+            "lower --min-hidden, --min-ffn, --min-kv or --round-to."
         )
