@@ -105,7 +105,9 @@ def find_limits(
             raise BudgetError(f"--min-{kind} {least}: the source has only {most_of_kind}; ask for at most that")
         least = -(-least // unit) * unit
         if kind in frozen or least >= size:
+            # the default floor is no floor for a model that is as small; for its smaller layers it is
             may_go_lower = kind not in frozen and asked[kind] is None and unit < size and size % unit == 0
+            may_go_lower = may_go_lower and least >= most_of_kind
             least = unit if may_go_lower else size
         floor[bundle] = least
     return Limits(source, {bundle: tile[kind_of(bundle)] for bundle in source}, floor, notes)
