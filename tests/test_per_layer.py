@@ -127,7 +127,7 @@ def test_prunes_to_the_target(name: str, compensate: bool) -> None:
         layers = {unit.split(".")[1] for unit in removal.units if unit != "hidden"}
         assert len(layers) == (removal.kind != "hidden"), removal
         assert removal.kind in removal.saliencies and set(removal.saliencies) <= {"hidden", "ffn", "kv", "query"}
-    assert len({removal.kind for removal in pruner.removals}) >= 3
+    assert len({removal.kind for removal in pruner.removals}) >= 2
 
 
 @pytest.mark.usefixtures("float64")

@@ -146,7 +146,7 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
                 f"GGUF: llama.cpp's one architecture for layers with widths of their own, deci, has "
                 f"{LACKING[config.model_type]}, so that no {config.model_type} fits; prune it with --layout uniform"
             )
-        if any(layer.skip or not layer.intermediate_size for layer in _layers(config)):
+        if any(getattr(layer, "skip", None) or not layer.intermediate_size for layer in _layers(config)):
             raise UnsupportedModelError("GGUF: a layer lacks its attention or feed-forward part; deci needs both")
         names = ("deci",)
     reasons = {name: _refusal(ARCHITECTURES[name], config, biases) for name in names}
