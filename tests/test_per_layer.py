@@ -149,6 +149,24 @@ def test_retired_is_compacted_is_loaded(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded.train()), before, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+def test_scaled_positions(kind: str, tmp_path: Path) -> None:
+    """Frequencies that change with the length of the text are computed from a config that knows no number of heads."""
+    more = {"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0]} if kind == "longrope" else {}
+    original = {} if kind == "dynamic" else {"original_max_position_embeddings": 16}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **original, **more}
+    model = make_model("mistral", dtype=torch.float32, rope_parameters=rope, sliding_window=None)
+    pruner = start(model)
+    loop(pruner, 32)
+    model.save_pretrained(tmp_path)
+    loaded = efficientllm.load(str(tmp_path))
+    lengths = (8, 60, 90)
+    for length in lengths:
+        tokens = batch(length=length)
+        torch.testing.assert_close(logits(loaded, tokens), logits(model.eval(), tokens), rtol=1e-5, atol=1e-5)
+    assert is_differing(model) and pruner.done
+
+
 def test_waiting_for_tiles_changes_no_removal() -> None:
     at_once, late = start(make_model("qwen2")), start(make_model("qwen2"), compaction_tile=4)
     loop(at_once, 20)

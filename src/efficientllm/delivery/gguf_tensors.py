@@ -138,7 +138,8 @@ def rope_scaling(config: Any, name: str) -> tuple[dict[str, Value], dict[str, Ar
     tensors: dict[str, Array] = {}
     if kind == "default":
         return values, tensors
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    any_layer = config.per_layer_config[0]  # they read a number of heads, and make nothing of it
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](any_layer, torch.device("cpu"), layer_type=layer_type)
     if kind == "llama3":
         rotated = head_dim(config)
         plain = rope["rope_theta"] ** -(torch.arange(0, rotated, 2).float() / rotated)

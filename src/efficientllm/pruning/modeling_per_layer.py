@@ -28,6 +28,7 @@ class PerLayer:
             self.model.layers = nn.ModuleList(
                 type(layer)(config.per_layer_config[number], number) for number, layer in enumerate(self.model.layers)
             )
+            share_config(self)
             self.post_init()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -36,12 +37,16 @@ class PerLayer:
 
 
 def share_config(model: Any) -> None:
-    """Gives the modules of each layer that layer's config, made anew from the model's."""
-    for number, layer in enumerate(getattr(model, "model", model).layers):
-        own = model.config.per_layer_config[number]
-        for module in layer.modules():
+    """Gives the modules of each layer that layer's config, made anew from the model's, and a layer's to the rotary one.
+
+    That reads a number of heads too, and makes nothing of it, since the head size is given.
+    """
+    decoder = getattr(model, "model", model)
+    own = list(model.config.per_layer_config)
+    for part, config in zip((decoder.rotary_emb, *decoder.layers), (own[0], *own), strict=True):
+        for module in part.modules():
             if hasattr(module, "config"):
-                module.config = own
+                module.config = config
 
 
 class PerLayerGemmaForCausalLM(PerLayer, transformers.GemmaForCausalLM):

@@ -8,8 +8,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from efficientllm.space.dims import Shape, in_layer, widths
 
 MODULE, PREFIX = "modeling_per_layer", "PerLayer"  # the file that goes with the weights; its classes' names begin so
-# Their configs check the number of heads of the whole model where layers have their own (transformers 5.23). They are
-# let read the widest layer's; a stock class built from that does not fit the weights, and says so.
+# Their configs, and any with longrope, read the number of heads of the whole model where layers have their own
+# (transformers 5.23). They are let read the widest layer's; a stock class built from it does not fit the weights, and
+# says so.
 READ_ONE_WIDTH = ("llama", "gemma2", "gemma3_text", "phi3")
 ALLOWANCE = "allow_global_per_layer_attribute_access"
 
@@ -37,7 +38,7 @@ def set_widths_(config: Any, shape: Shape, head_dim: int) -> None:
         config.per_layer_config = {
             layer: {name: each[layer] for name, each in per_layer.items()} for layer in range(config.num_hidden_layers)
         }
-        if config.model_type in READ_ONE_WIDTH:
+        if config.model_type in READ_ONE_WIDTH or "longrope" in str(config.rope_parameters):
             setattr(config, ALLOWANCE, True)
 
 
