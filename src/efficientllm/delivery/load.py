@@ -40,13 +40,12 @@ def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code
     path = find_model(model, weights=True)
     config = _read_config(path, model, trust_remote_code)
     _check_weights(path, model)
-    own = _own_class(config)
     try:
-        loaded, info = (own or _auto_class()).from_pretrained(
+        loaded, info = _class_of(config).from_pretrained(
             path,
             dtype=dtype or native_dtype(config),
             use_safetensors=True,
-            trust_remote_code=trust_remote_code and own is None,
+            trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
@@ -78,9 +77,9 @@ def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code
 
 def build_model(config: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """The model of a config, with new weights, on torch's default device; layers may have widths of their own."""
-    more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    own = _own_class(config)
-    built: PreTrainedModel = own._from_config(config, **more) if own else _auto_class().from_config(config, **more)
+    builder = _class_of(config)
+    build = getattr(builder, "from_config", None) or builder._from_config  # of the auto class, of a model's own
+    built: PreTrainedModel = build(config, **({} if dtype is None else {"dtype": dtype}))
     return built
 
 
@@ -186,19 +185,13 @@ def cpu_has_bf16() -> bool:
         return False
 
 
-def _own_class(config: "PretrainedConfig") -> Any:
-    """The class of a model whose layers have widths of their own; None where transformers has one that builds it."""
-    if not config.is_heterogeneous:
-        return None
-    from efficientllm.pruning.per_layer import model_class
-
-    return model_class(config)
-
-
-def _auto_class() -> Any:
+def _class_of(config: "PretrainedConfig") -> Any:
+    """What builds a config's model: transformers' auto class, or ours where layers have widths of their own."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM
+    from efficientllm.pruning.per_layer import model_class
+
+    return (config.is_heterogeneous and model_class(config)) or AutoModelForCausalLM
 
 
 def _read_config(path: Path, model: str, trust_remote_code: bool) -> "PretrainedConfig":
