@@ -17,7 +17,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make
 
 import efficientllm.demo
 from efficientllm.cli import main
-from efficientllm.delivery import gguf_export, llama_cpp
+from efficientllm.delivery import gguf_contents, gguf_export, llama_cpp
 from efficientllm.delivery.child import in_child
 from efficientllm.delivery.gguf_tensors import permute
 from efficientllm.delivery.gguf_tokenizer import PRE_TOKENIZERS, swallows_space
@@ -239,9 +239,11 @@ def test_a_failed_proof_leaves_no_file(
         weights = dict(model.named_parameters())
         monkeypatch.setattr(gguf_export, "load_model", lambda *_: swapped(model, weights))
     else:
-        metadata = gguf_export.tokenizer_metadata
+        metadata = gguf_contents.tokenizer_metadata
         monkeypatch.setattr(
-            gguf_export, "tokenizer_metadata", lambda *given: metadata(*given) | {"tokenizer.ggml.add_bos_token": False}
+            gguf_contents,
+            "tokenizer_metadata",
+            lambda *given: metadata(*given) | {"tokenizer.ggml.add_bos_token": False},
         )
         save(tmp_path / "m", "llama")
     out = tmp_path / "m.gguf"
