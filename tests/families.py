@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from efficientllm.delivery.load import build_model
+from efficientllm.pruning.per_layer import ALLOWANCE, READ_ONE_WIDTH
 
 VOCAB, HIDDEN, FFN, LAYERS, HEAD_DIM = 61, 24, 40, 2, 8
 HEADS = {"grouped": (2, 3), "multihead": (4, 1)}  # KV heads, query heads of each; 6 and 4 divide the hidden size
@@ -32,6 +35,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 NAMES = list(FAMILIES)
 EVERY = [(name, heads) for name in NAMES for heads in HEADS]
+
+
+def differing(name: str) -> dict[str, Any]:
+    """Returns changes of a grouped tiny config that give each of its first two layers widths of its own."""
+    own = {
+        0: {"intermediate_size": 37},
+        1: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+    }
+    return {"per_layer_config": own, **({ALLOWANCE: True} if name.split("-")[0] in READ_ONE_WIDTH else {})}
 
 
 def make_config(name: str, heads: str = "grouped", **changes: Any) -> Any:
@@ -71,14 +83,14 @@ def make_model(
 
 
 def stock(config: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Returns what transformers itself builds from a config."""
+    """Returns what transformers itself builds from a config, unless its layers differ."""
     config = copy.deepcopy(config)
-    return AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype).train()
+    return build_model(type(config).from_dict(config.to_dict()), dtype).train()
 
 
 def meta_model(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return build_model(copy.deepcopy(config))
 
 
 def batch(seed: int = 0, rows: int = 2, length: int = 12) -> Tensor:

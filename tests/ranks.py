@@ -17,6 +17,7 @@ from efficientllm.delivery.load import empty_model
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Removal
 from efficientllm.space import find_limits, find_space
+from efficientllm.space.dims import of_kind
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.engine import DDP, FSDP
@@ -35,13 +36,15 @@ def make_trainer(
 ) -> Trainer:
     """A tiny model in float64 that must lose units of every kind; each rank sees its own rows of the same batches."""
     source = make_model(name)
-    space = find_space(source)
+    space = find_space(source, more.get("layout") == "per-layer")
     limits = find_limits(space, source.config, min_ffn=24, min_hidden=12)
     config = RunConfig(
         seq_len=LENGTH,
         batch_tokens=ROWS * LENGTH,
         micro_batch_size=ROWS // engine.num_ranks // 2,
-        target_params=int(1.02 * space.num_params({**limits.floor, "query": 1})),
+        target_params=int(
+            1.02 * space.num_params({**limits.floor, **dict.fromkeys(of_kind(limits.floor, "query"), 1)})
+        ),
         prune_tokens=PRUNE * ROWS * LENGTH,
         tokens=STEPS * ROWS * LENGTH,
         lr=3e-3,
@@ -110,14 +113,14 @@ def whole(engine: Engine, name: str, compensate: bool, **more: Any) -> dict[str,
     return result(trainer, losses, trainer.pruner.removals)
 
 
-def moved(before: Engine, after: Engine, name: str, folder: Path) -> dict[str, Any]:
+def moved(before: Engine, after: Engine, name: str, folder: Path, **more: Any) -> dict[str, Any]:
     """A run that begins on one engine, is saved while units wait to be compacted, and ends on another."""
-    first = make_trainer(before, name, False)
+    first = make_trainer(before, name, False, **more)
     losses = train(first, BREAK)
     removals = list(first.pruner.removals)
     assert first.pruner.state_dict()["retired"], "nothing waits: choose another step"
     checkpoint = save(first, folder)
-    last = make_trainer(after, name, False, checkpoint)
+    last = make_trainer(after, name, False, checkpoint, **more)
     losses += train(last, STEPS)
     return result(last, losses, removals + last.pruner.removals)
 
@@ -142,6 +145,13 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
             expected_more = whole(Engine(CPU), name, True, **more)
             for kind in engines:
                 results[f"{kind} {name} fisher"] = compare(expected_more, whole(make_engine(kind), name, True, **more))
+            per_layer = {"layout": "per-layer"}
+            alone_per_layer = {each: whole(Engine(CPU), name, each, **per_layer) for each in (False, True)}
+            for kind in engines:
+                found = whole(make_engine(kind), name, True, **per_layer)
+                results[f"{kind} {name} per-layer B"] = compare(alone_per_layer[True], found)
+                found = moved(make_engine(kind), make_engine(kind), name, folder / f"layers-{kind}", **per_layer)
+                results[f"{kind} {name} per-layer A, resumed"] = compare(alone_per_layer[False], found)
             for kind in engines:
                 # one process is every rank by itself, each with a folder of its own
                 own = folder / f"{kind}-{name}-{meeting.rank}"

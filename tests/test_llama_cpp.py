@@ -11,18 +11,19 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from edge import byte_level_tokenizer, save, sentence_piece_tokenizer
-from families import EVERY
+from families import EVERY, differing
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make test-edge installs it")
 
 import efficientllm.demo
 from efficientllm.cli import main
-from efficientllm.delivery import gguf_export, llama_cpp
+from efficientllm.delivery import gguf_contents, gguf_export, llama_cpp
 from efficientllm.delivery.child import in_child
 from efficientllm.delivery.gguf_tensors import permute
 from efficientllm.delivery.gguf_tokenizer import PRE_TOKENIZERS, swallows_space
 from efficientllm.delivery.gguf_types import TYPES, plan_types
 from efficientllm.delivery.proof import TEXTS
+from efficientllm.pruning.per_layer import ALLOWANCE
 
 DEMO = Path(efficientllm.demo.__file__).parent / "model"
 STORIES = Path(__file__).parents[2] / "shared/models/stories260K"
@@ -100,9 +101,28 @@ def test_what_the_tiny_configs_do_not_reach(
     assert difference(line) < (1e-2 if name.startswith("gemma") else 1e-5), line
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias", "mistral", "qwen2", "smollm3", "phi3"])
+def test_layers_with_widths_of_their_own(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "m", name, num_hidden_layers=3, **differing(name))
+    line = export(tmp_path / "m", "f32", capsys)
+    assert difference(line) < 1e-5, line
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0", "q4_0", "q4_k_m"])
+def test_types_of_layers_with_widths_of_their_own(
+    type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {0: {"intermediate_size": 512}, 1: {"num_attention_heads": 32, "num_key_value_heads": 32}}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3, **heads}
+    save(tmp_path / "m", "mistral", "multihead", **sizes, per_layer_config=own)
+    export(tmp_path / "m", type, capsys)
+
+
 @pytest.mark.parametrize("kind", ROPES)
-@pytest.mark.parametrize("name", ["llama", "granite", "qwen2", "qwen3", "smollm3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "granite", "qwen2", "qwen3", "smollm3", "phi3", "mistral, per layer"])
 def test_rotary_scaling(name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, per_layer, _ = name.partition(", per layer")
     if (name, kind) == ("qwen3", "llama3") or (name, kind) == ("qwen3", "longrope"):
         pytest.skip("refused, its graph has no rotary factors")
     if name == "phi3" and kind != "longrope":
@@ -111,6 +131,8 @@ def test_rotary_scaling(name: str, kind: str, tmp_path: Path, capsys: pytest.Cap
     changes = {"rope_parameters": rope, "max_position_embeddings": 2048 if kind == "longrope" else 128}
     if name == "phi3":
         changes |= {"original_max_position_embeddings": 512, "pad_token_id": 0, **SQUARE}
+    if per_layer:
+        changes |= {"sliding_window": None, **differing(name), ALLOWANCE: kind == "longrope"}
     save(tmp_path / "m", name, **changes, **fitting(name, "grouped"))
     assert difference(export(tmp_path / "m", "f32", capsys)) < 1e-5
 
@@ -217,9 +239,11 @@ def test_a_failed_proof_leaves_no_file(
         weights = dict(model.named_parameters())
         monkeypatch.setattr(gguf_export, "load_model", lambda *_: swapped(model, weights))
     else:
-        metadata = gguf_export.tokenizer_metadata
+        metadata = gguf_contents.tokenizer_metadata
         monkeypatch.setattr(
-            gguf_export, "tokenizer_metadata", lambda *given: metadata(*given) | {"tokenizer.ggml.add_bos_token": False}
+            gguf_contents,
+            "tokenizer_metadata",
+            lambda *given: metadata(*given) | {"tokenizer.ggml.add_bos_token": False},
         )
         save(tmp_path / "m", "llama")
     out = tmp_path / "m.gguf"

@@ -3,16 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from efficientllm.delivery.load import load_model as load
     from efficientllm.pruning.pruner import Pruner
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "__version__"]
+__all__ = ["Pruner", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `Pruner`, and torch with it, only when it is asked for."""
+    """Imports `Pruner` or `load`, and torch with them, only when they are asked for."""
     if name == "Pruner":
         from efficientllm.pruning.pruner import Pruner
 
         return Pruner
+    if name == "load":
+        from efficientllm.delivery.load import load_model
+
+        return load_model
     raise AttributeError(f"module 'efficientllm' has no attribute {name!r}")

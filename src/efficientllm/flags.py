@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "pace (one of the first three)": ("prune_tokens", "slot_steps", "removals_per_step", "tokens"),
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
-    "what is removed": ("saliency", "score", "score_ema", "compensate"),
+    "what is removed": ("saliency", "score", "score_ema", "compensate", "layout"),
     "training": ("lr", "seed", "init"),
     "machine": ("engine", "shards", "precision", "compile", "threads"),
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),

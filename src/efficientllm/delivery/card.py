@@ -15,6 +15,7 @@ class Facts:
     Attributes:
         model, data: as the command names them.
         params, source_params, tokens: parameters of result and source; tokens of training up to here.
+        shape: in a config's words; a list, layer by layer, where layers differ.
         losses: validation losses in nats per token, by what they are of ("source", "result").
         annealed: whether the learning rate has been brought down; a rung of a ladder is not annealed.
     """
@@ -23,7 +24,7 @@ class Facts:
     data: Sequence[str]
     params: int
     source_params: int
-    shape: dict[str, int]
+    shape: dict[str, int | list[int]]
     tokens: int
     losses: dict[str, float]
     command: str
@@ -48,6 +49,14 @@ def model_card(facts: Facts, source: Path) -> str:
     name = facts.model.rstrip("/").rpartition("/")[2]
     shape = ", ".join(f"{key} {value}" for key, value in facts.shape.items())
     losses = "".join(f"| validation loss of the {what} | {loss:.4f} |\n" for what, loss in facts.losses.items())
+    differ = any(isinstance(size, list) for size in facts.shape.values())
+    trust = ", trust_remote_code=True" if differ else ""
+    note = (
+        "\nIts layers have widths of their own, which transformers' stock classes do not build: "
+        "`modeling_per_layer.py` beside the weights does. `efficientllm.load(folder)` needs no remote code.\n"
+        if differ
+        else ""
+    )
     state = (
         ""
         if facts.annealed
@@ -71,11 +80,11 @@ model kept training, it lost one minimal group of parameters at a time, the one 
 | tokens | {facts.tokens:,} |
 {losses}
 Validation losses are in nats per token on the run's held-out rows.
-
+{note}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 

@@ -29,6 +29,7 @@ class Architecture:
         scalings: kinds of rotary scaling it computes, beside "default".
         partial: only a part of each head may be rotated.
         windows: sliding windows are computed; elsewhere the context is cut to the window, where both are the same.
+        per_layer: layers may have widths of their own, which stand in the metadata as lists.
     """
 
     permuted: bool = False
@@ -37,6 +38,7 @@ class Architecture:
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
     windows: bool = False
+    per_layer: bool = False
     activation: str = "silu"
     refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)  # by reason
 
@@ -65,6 +67,13 @@ ARCHITECTURES = {
         permuted=True,
         biases=ALL_BIASES,
         scalings=ANY_ROPE,
+        refused={"layers without rotary positions": _has_nope},
+    ),
+    "deci": Architecture(
+        permuted=True,
+        biases=ALL_BIASES,
+        scalings=ANY_ROPE,
+        per_layer=True,
         refused={"layers without rotary positions": _has_nope},
     ),
     "granite": Architecture(permuted=True, biases=ALL_BIASES, scalings=ANY_ROPE),
@@ -103,13 +112,25 @@ CANDIDATES = {
     "gemma2": ("gemma2",),
     "gemma3_text": ("gemma3",),
 }
+# Where layers have widths of their own: the one graph that takes lists of them is Llama's function, nothing more.
+PER_LAYER = ("llama", "mistral", "qwen2", "smollm3", "phi3")
+QK_NORM, GEMMA = "no norm of queries and keys", "neither Gemma's norms nor its GELU"
+LACKING = {
+    "qwen3": QK_NORM,
+    "olmo2": QK_NORM,
+    "gemma3_text": f"{QK_NORM}, {GEMMA}",
+    "gemma2": GEMMA,
+    "gemma": GEMMA,
+    "granite": "none of Granite's multipliers",
+}
 
 
-def find_architecture(config: Any, biases: set[str]) -> str:
+def find_architecture(config: Any, biases: set[str], per_layer: bool = False) -> str:
     """Returns the name of the llama.cpp architecture that computes exactly what the model does.
 
     Args:
         biases: the model's projections that have a bias, such as "q_proj".
+        per_layer: whether layers shall be able to have widths of their own, even if they have not yet.
 
     Raises:
         UnsupportedModelError: none does; names what stands in the way.
@@ -119,6 +140,15 @@ def find_architecture(config: Any, biases: set[str]) -> str:
         raise UnsupportedModelError(
             f"GGUF: model_type '{config.model_type}' is not among {', '.join(CANDIDATES)}; export it with llama.cpp"
         )
+    if per_layer or config.is_heterogeneous:
+        if config.model_type not in PER_LAYER:
+            raise UnsupportedModelError(
+                f"GGUF: llama.cpp's one architecture for layers with widths of their own, deci, has "
+                f"{LACKING[config.model_type]}, so that no {config.model_type} fits; prune it with --layout uniform"
+            )
+        if any(getattr(layer, "skip", None) or not layer.intermediate_size for layer in _layers(config)):
+            raise UnsupportedModelError("GGUF: a layer lacks its attention or feed-forward part; deci needs both")
+        names = ("deci",)
     reasons = {name: _refusal(ARCHITECTURES[name], config, biases) for name in names}
     for name, reason in reasons.items():
         if reason is None:
@@ -129,8 +159,7 @@ def find_architecture(config: Any, biases: set[str]) -> str:
 
 def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str | None:
     """Returns what a graph lacks for a model, None if it has all."""
-    width = config.num_attention_heads * head_dim(config)
-    if architecture.square and width != config.hidden_size:
+    if architecture.square and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
         return (
             f"{config.num_attention_heads} heads × {head_dim(config)} = {width} beside hidden_size {config.hidden_size}"
         )
@@ -147,6 +176,11 @@ def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str |
     if activation not in (architecture.activation, "swish" if architecture.activation == "silu" else ""):
         return f"the activation '{activation}'"
     return next((reason for reason, is_so in architecture.refused.items() if is_so(config)), None)
+
+
+def _layers(config: Any) -> list[Any]:
+    """Returns each layer's config, with what it skips."""
+    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
 
 
 def head_dim(config: Any) -> int:
@@ -177,6 +211,12 @@ def context_length(config: Any, name: str) -> int:
     return min(longest, int(window or longest)) if slides and not ARCHITECTURES[name].windows else longest
 
 
+def _width(config: Any, name: str, word: str) -> int | list[int]:
+    """Returns a width, or where the architecture takes them layer by layer, all layers'."""
+    sizes = [getattr(layer, word) or layer.num_attention_heads for layer in _layers(config)]
+    return sizes if ARCHITECTURES[name].per_layer else sizes[0]
+
+
 def hyper_parameters(config: Any, name: str) -> dict[str, Value]:
     """Returns the metadata of a model under an architecture, without tokenizer and rotary scaling."""
     head = head_dim(config)
@@ -186,9 +226,9 @@ def hyper_parameters(config: Any, name: str) -> dict[str, Value]:
         "context_length": context_length(config, name),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads or config.num_attention_heads,
+        "feed_forward_length": _width(config, name, "intermediate_size"),
+        "attention.head_count": _width(config, name, "num_attention_heads"),
+        "attention.head_count_kv": _width(config, name, "num_key_value_heads"),
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),

@@ -8,7 +8,7 @@ from efficientllm.delivery.child import in_child
 from efficientllm.delivery.export import check_out, check_space, put, staging
 from efficientllm.delivery.gguf_architecture import ARCHITECTURES, context_length, find_architecture
 from efficientllm.delivery.gguf_contents import find_contents, title
-from efficientllm.delivery.gguf_file import check_file, write_gguf
+from efficientllm.delivery.gguf_file import Contents, check_file, write_gguf
 from efficientllm.delivery.gguf_tensors import biases
 from efficientllm.delivery.gguf_tokenizer import swallows_space
 from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama_cpp, plan_types, type_lines
@@ -51,7 +51,7 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
         print(f"  context cut to {context:,} tokens, the sliding window: it has none, and needs none up to there")
     shape = {
         "num_layers": config.num_hidden_layers,
-        "many_groups": config.num_attention_heads != config.num_key_value_heads,
+        "many_groups": has_many_groups(contents),
     }
     plans = plan_types(contents.shapes, type, **shape, k_types=use_llama_cpp)
     plain = plan_types(contents.shapes, "f32", **shape, k_types=False)
@@ -80,6 +80,12 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
         put(partial, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
+
+
+def has_many_groups(contents: Contents) -> bool:
+    """Returns whether llama.cpp takes a model of 80 layers for one with several queries a key: any that is deci."""
+    heads, groups = (contents.values[f"{contents.name}.attention.{key}"] for key in ("head_count", "head_count_kv"))
+    return contents.name == "deci" or heads != groups
 
 
 def _prove_in_llama_cpp(

@@ -17,7 +17,7 @@ from efficientllm.delivery.gguf_tensors import Piece, biases
 from efficientllm.delivery.gguf_types import TYPES, needs_llama_cpp, plan_types
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.pruning.trajectory import physical
-from efficientllm.space.dims import Measure, Shape, Space
+from efficientllm.space.dims import Measure, Shape, Space, in_layer, of_kind, widths
 from efficientllm.space.limits import Limits
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def row_blocks(type: str, source: Shape, head_dim: int) -> dict[str, int]:
     256 for K-types, but 32 where the source's rows are shorter than that; "query" stands for O's rows.
     """
     block: int = GGML_QUANT_SIZES[TYPES[type][0]][0]
-    lengths = {"hidden": source["hidden"], "ffn": source["ffn"], "query": source["kv"] * source["query"] * head_dim}
+    least = [in_layer(source, layer) for layer in range(len(of_kind(source, "ffn")))]  # one for all, or each
+    columns = min(layer["kv"] * layer["query"] for layer in least) * head_dim
+    lengths = {"hidden": source["hidden"], "ffn": min(layer["ffn"] for layer in least), "query": columns}
     return {kind: block if length >= block else min(block, 32) for kind, length in lengths.items()}
 
 
@@ -44,8 +46,8 @@ class FileSize:
     A shape between two legal ones is never written: its odd rows would be stored in a larger type. It counts as lying
     as far between their sizes as its parameters do between theirs, so that a pace in bytes is an even one.
 
-    Where heads × head size is the hidden size, the file may be under another of llama.cpp's architectures than at all
-    other shapes; of both sizes, a few kB apart, the larger counts there.
+    Where heads × head size is the hidden size, or layers that might differ are alike, the file may be under another of
+    llama.cpp's architectures than at all other shapes; of both sizes, a few kB apart, the larger counts there.
 
     Args:
         title: what the file will call the model.
@@ -65,12 +67,14 @@ class FileSize:
         limits: Limits,
     ) -> None:
         self.type, self.space, self.limits = type, space, limits
-        names = _architectures(empty, limits)
+        differing = find_architecture(empty.config, biases(empty), True) if space.per_layer else None
+        names = {} if empty.config.is_heterogeneous else _architectures(empty, limits)
         sizes = {
             name: _sizes(find_contents(title, empty, tokenizer, type, name), type, space)
-            for name in set(names.values())
+            for name in {*names.values(), *([differing] if differing else [])}
         }
         self._sizes = {square: sizes[name] for square, name in names.items()}
+        self._differing = sizes[differing] if differing else None
         self._known: dict[tuple[int, ...], int] = {}
 
     def __call__(self, shape: Shape) -> int:
@@ -84,10 +88,15 @@ class FileSize:
 
     def written(self, shape: Shape) -> int:
         """Returns the bytes of the file that is written at this shape, legal or not."""
-        key = (shape["hidden"], shape["ffn"], shape["kv"], shape["query"])
+        key = tuple(shape.values())
         if key not in self._known:
-            is_square = shape["hidden"] == shape["kv"] * shape["query"] * self.space.head_dim
-            possible = [size for square, size in self._sizes.items() if is_square or not square] or self._sizes.values()
+            own = in_layer(shape, 0)
+            is_square = own["hidden"] == own["kv"] * own["query"] * self.space.head_dim
+            possible = [size for square, size in self._sizes.items() if is_square or not square]
+            possible = possible or list(self._sizes.values())
+            if self._differing:
+                layers_differ = any(isinstance(size, list) for size in widths(shape).values())
+                possible = [self._differing, *(() if layers_differ else possible)]
             self._known[key] = max(size(shape) for size in possible)
         return self._known[key]
 
@@ -120,7 +129,8 @@ def _sizes(contents: Contents, type: str, space: Space) -> Measure:
     def measure(shape: Shape) -> int:
         lengths = {label: polynomial(shape) for label, polynomial in space.lengths.items()}
         total = fixed
-        for (rows, columns, types), count in alike[shape["query"] > 1].items():
+        many_groups = contents.name == "deci" or in_layer(shape, 0)["query"] > 1
+        for (rows, columns, types), count in alike[many_groups].items():
             row = sum(lengths[label] for label in columns)
             block, size = types[0 if row % 256 == 0 else 1 if row % 32 == 0 else 2]
             num_rows = sum(lengths[label] for label in rows) if rows else 1

@@ -77,13 +77,14 @@ def pieces(model: Any, name: str) -> list[Piece]:
     Raises:
         UnsupportedModelError: a parameter has no place there.
     """
-    config, architecture = model.config, ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     scaled = "q_norm" if name == "gemma3" else "q_proj"
     found = []
     for param, weight in model.named_parameters():
+        config = _layer_config(param, model.config)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for hf_name, start, rows in _split(param, weight, config, fused=name == "phi3"):
             stored = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if stored is None:
@@ -102,6 +103,12 @@ def pieces(model: Any, name: str) -> list[Piece]:
             if name == "olmo2" and config.tie_word_embeddings and kind == "embed_tokens":
                 found.append(Piece("output.weight", param, piece.shape))  # this graph has no tied head
     return found
+
+
+def _layer_config(param: str, config: Any) -> Any:
+    """Returns the config of the layer that a parameter stands in, the first layer's for those outside."""
+    _, inside, rest = param.partition(".layers.")
+    return config.per_layer_config[int(rest.partition(".")[0]) if inside else 0]
 
 
 def _split(param: str, weight: Tensor, config: Any, fused: bool) -> Iterator[tuple[str, int, int]]:
@@ -131,7 +138,8 @@ def rope_scaling(config: Any, name: str) -> tuple[dict[str, Value], dict[str, Ar
     tensors: dict[str, Array] = {}
     if kind == "default":
         return values, tensors
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    any_layer = config.per_layer_config[0]  # they read a number of heads, and make nothing of it
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](any_layer, torch.device("cpu"), layer_type=layer_type)
     if kind == "llama3":
         rotated = head_dim(config)
         plain = rope["rope_theta"] ** -(torch.arange(0, rotated, 2).float() / rotated)

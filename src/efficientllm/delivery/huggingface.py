@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efficientllm.delivery.load import find_model, load_config, load_model, load_tokenizer
+from efficientllm.delivery.load import build_model, find_model, load_config, load_model, load_tokenizer
 from efficientllm.errors import ConfigError, EfficientLLMError
+from efficientllm.pruning.per_layer import make_uniform_
 from efficientllm.pruning.relabel import llama_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
@@ -33,6 +34,7 @@ def save_model(
     """Writes a compacted model with tokenizer, generation config and model card, whole or not at all; then proves it.
 
     The folder's model is a stock one: Llama where the shape is legal for it, else Mistral, which is the same function.
+    One whose layers have widths of their own goes with the code that builds it (pruning/modeling_per_layer.py).
     An older folder of that name is replaced. An empty card is none; no file of weights is larger than `shard_size`.
 
     Raises:
@@ -90,11 +92,11 @@ def export_folder(
 
 @torch.no_grad()
 def stock_model(model: PreTrainedModel, dtype: torch.dtype, was_llama: bool) -> PreTrainedModel:
-    """Returns a stock model of the present shape with the weights of `model`, rounded to `dtype`, on the CPU."""
+    """Returns a new model of the present shape with the weights of `model`, rounded to `dtype`, on the CPU."""
     config = result_config(model.config, was_llama)
     config.dtype = dtype
     with torch.device("meta"):
-        stock: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        stock = build_model(config, dtype)
     weights = {name: param.detach().to("cpu", dtype) for name, param in model.named_parameters()}
     left = stock.load_state_dict(weights, strict=False, assign=True)
     stock.tie_weights()
@@ -105,8 +107,15 @@ def stock_model(model: PreTrainedModel, dtype: torch.dtype, was_llama: bool) -> 
 
 
 def result_config(config: Any, was_llama: bool) -> Any:
-    """Returns a copy of the config: a relabelled Llama's becomes Llama's again if Llama accepts the shape."""
+    """Returns a copy of the config: a relabelled Llama's becomes Llama's again if Llama accepts the shape.
+
+    Llama's accepts no layers that differ in heads.
+    """
     copy = type(config).from_dict(config.to_dict())
+    if copy.is_heterogeneous:
+        copy.architectures = None
+        return copy
+    make_uniform_(copy)  # of a source whose layers differed
     if was_llama and config.model_type == "mistral" and config.hidden_size % config.num_attention_heads == 0:
         copy = llama_config(copy)
     copy.architectures = None  # written from the class that is saved
@@ -120,7 +129,7 @@ def check_reload(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     Raises:
         EfficientLLMError: if they differ.
     """
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reloaded = load_model(str(folder), torch.float32)
     written = dict(reloaded.named_parameters())
     for name, param in model.named_parameters():
         expected = param.detach().to("cpu", dtype).float()

@@ -29,21 +29,19 @@ def load_config(model: str, trust_remote_code: bool = False) -> "PretrainedConfi
 
 
 def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The model with its weights, on the CPU and in evaluation mode.
+    """The model with its weights, on the CPU and in evaluation mode; one whose layers differ needs no remote code here.
 
     Without `dtype`: the checkpoint's own where the machine computes in it, otherwise float32 (see `native_dtype`).
 
     Raises:
         UnsupportedModelError: as `load_config`; weights only as pickle, truncated, missing or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     _quiet()
     path = find_model(model, weights=True)
     config = _read_config(path, model, trust_remote_code)
     _check_weights(path, model)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = _class_of(config).from_pretrained(
             path,
             dtype=dtype or native_dtype(config),
             use_safetensors=True,
@@ -77,6 +75,14 @@ def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code
     return loaded
 
 
+def build_model(config: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """The model of a config, with new weights, on torch's default device; layers may have widths of their own."""
+    builder = _class_of(config)
+    build = getattr(builder, "from_config", None) or builder._from_config  # of the auto class, of a model's own
+    built: PreTrainedModel = build(config, **({} if dtype is None else {"dtype": dtype}))
+    return built
+
+
 def empty_model(config: "PretrainedConfig", model: str) -> "PreTrainedModel":
     """The model of a config on the meta device: names and shapes of its parameters, no memory.
 
@@ -84,11 +90,10 @@ def empty_model(config: "PretrainedConfig", model: str) -> "PreTrainedModel":
         UnsupportedModelError: transformers cannot build it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return build_model(config)
     except Exception as error:  # transformers raises whatever its parts raise
         raise UnsupportedModelError(
             f"model {model}: cannot be built from its config ({_first_line(error)}); check config.json"
@@ -180,6 +185,15 @@ def cpu_has_bf16() -> bool:
         return False
 
 
+def _class_of(config: "PretrainedConfig") -> Any:
+    """What builds a config's model: transformers' auto class, or ours where layers have widths of their own."""
+    from transformers import AutoModelForCausalLM
+
+    from efficientllm.pruning.per_layer import model_class
+
+    return (config.is_heterogeneous and model_class(config)) or AutoModelForCausalLM
+
+
 def _read_config(path: Path, model: str, trust_remote_code: bool) -> "PretrainedConfig":
     from transformers import AutoConfig
 
@@ -214,7 +228,7 @@ def _check_decoder(config: "PretrainedConfig", model: str, remote: bool) -> None
     else:
         # encoders such as BERT are in the mapping too, as a class that their checkpoints do not name
         decoder = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        architectures = config.architectures or []
+        architectures = [name.removeprefix("PerLayer") for name in config.architectures or []]  # as we save them
         if decoder and (decoder in architectures if architectures else getattr(config, "is_decoder", True)):
             return
         found = f"{architectures[0]} is" if architectures else "it is"

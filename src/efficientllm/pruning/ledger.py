@@ -29,10 +29,10 @@ class Ledger:
 
     @property
     def shape(self) -> Shape:
-        """Live units of every kind."""
+        """Live units of every bundle."""
         return {
-            kind: bundle.size - len(self.retired.get(bundle.dims[0].name, ()))
-            for kind, bundle in self.space.bundles.items()
+            name: bundle.size - len(self.retired.get(bundle.dims[0].name, ()))
+            for name, bundle in self.space.bundles.items()
         }
 
     def retire(self, units: Mapping[str, list[int]]) -> None:
@@ -40,26 +40,27 @@ class Ledger:
             self.retired.setdefault(name, []).extend(chosen)
 
     def waiting(self, tiles: Mapping[str, int]) -> dict[str, list[int]]:
-        """Returns the retired units, by dim name, of the kinds in `tiles`: the oldest, in whole tiles.
+        """Returns the retired units, by dim name, of the bundles in `tiles`: the oldest, in whole tiles.
 
         What is left after them is the least multiple of the tile that holds every live unit.
         """
         shape, units = self.shape, {}
-        for kind, tile in tiles.items():
-            bundle = self.space.bundles[kind]
-            count = bundle.size + -shape[kind] // tile * tile
+        for name, tile in tiles.items():
+            bundle = self.space.bundles[name]
+            count = bundle.size + -shape[name] // tile * tile
             for dim in bundle.dims if count > 0 else ():
                 units[dim.name] = self.retired[dim.name][:count]
         return units
 
-    def live_queries(self, also_gone: Mapping[str, list[int]]) -> list[bool]:
-        """Returns which query dims belong to KV groups that are neither retired nor in `also_gone` (by dim name)."""
-        gone = {
-            f"layers.{dim.layer}.query.{unit}"
-            for dim in self.space.bundles["kv"].dims
-            for unit in (*self.retired.get(dim.name, ()), *also_gone.get(dim.name, ()))
-        }
-        return [dim.name not in gone for dim in self.space.bundles["query"].dims]
+    def counted(self, bundle: str, also_gone: Mapping[str, list[int]]) -> list[bool]:
+        """Returns which dims of a bundle count: query dims not, whose KV group is retired or in `also_gone`."""
+
+        def is_live(name: str) -> bool:
+            head, is_query, group = name.partition(".query.")
+            gone = (*self.retired.get(head + ".kv", ()), *also_gone.get(head + ".kv", ())) if is_query else ()
+            return not is_query or int(group) not in gone
+
+        return [is_live(dim.name) for dim in self.space.bundles[bundle].dims]
 
     def in_source(self, chosen: Mapping[str, int]) -> dict[str, int]:
         """Returns chosen units (by dim name) under the source's names and indices."""
@@ -73,7 +74,7 @@ class Ledger:
     def renumber(self, gone: Mapping[str, list[int]], space: Space) -> None:
         """Forgets compacted units and counts on in `space`, the one that is left."""
         stay = {dim.name: survivors(dim, gone) for dim in self.space.dims()}
-        layers = {dim.layer: stay[dim.name] for dim in self.space.bundles["kv"].dims}
+        layers = {dim.layer: stay[dim.name] for dim in self.space.dims() if dim.kind == "kv"}
 
         def before(name: str) -> str:
             """Returns what a dim of the new space was called: a KV group takes its query dim along."""
@@ -84,13 +85,13 @@ class Ledger:
         self.origin = {name: [self.origin[was][unit] for unit in stay[was]] for name, was in old.items()}
         if self.average:
             average = {
-                dim.name: self.average[kind][row]
-                for kind, bundle in self.space.bundles.items()
+                dim.name: self.average[name][row]
+                for name, bundle in self.space.bundles.items()
                 for row, dim in enumerate(bundle.dims)
             }
             self.average = {
-                kind: torch.stack([average[old[dim.name]][stay[old[dim.name]]] for dim in bundle.dims])
-                for kind, bundle in space.bundles.items()
+                name: torch.stack([average[old[dim.name]][stay[old[dim.name]]] for dim in bundle.dims])
+                for name, bundle in space.bundles.items()
             }
         for name, units in gone.items():
             now = {unit: index for index, unit in enumerate(stay[name])}

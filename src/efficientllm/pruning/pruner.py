@@ -26,6 +26,7 @@ from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, s
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
 from efficientllm.pruning.selection import (
+    Queue,
     Removal,
     can_land,
     choose_kind,
@@ -34,7 +35,7 @@ from efficientllm.pruning.selection import (
     queue_groups,
 )
 from efficientllm.space import Limits, find_limits, find_space
-from efficientllm.space.dims import Measure, Shape, Space
+from efficientllm.space.dims import KINDS, Measure, Shape, Space, kind_of, of_kind, shape_text
 from efficientllm.space.limits import check_target
 
 
@@ -64,7 +65,10 @@ class Pruner:
         pace: when removals are due: `SlotPace` (the paper's) or `LinearPace(steps, warmup_steps)`.
         saliency, score, score_ema: first order or "fisher"; "output" layers or "all"; decay of a moving average.
         compensate: the second-order update of variant B.
-        limits: legal shapes, from `find_limits`; by default rounded to 64 from 10M parameters on.
+        per_layer: whether layers shrink each on its own and may end with different widths: a minimal parameter group is
+            then one layer's. A model whose layers differ at the end is saved with a small file of remote code.
+        limits: legal shapes, from `find_limits` of the space of that layout; by default rounded to 64 from 10M
+            parameters on.
         compaction_tile: retired channels (as many columns of O, for heads) that wait for one compaction, a matter of
             speed (default: the limits' tiles).
         layout: where the model's tensors stand (default: here, whole).
@@ -90,13 +94,14 @@ class Pruner:
         score: Scored = "output",
         score_ema: float = 0.0,
         compensate: bool = False,
+        per_layer: bool = False,
         limits: Limits | None = None,
         compaction_tile: int | None = None,
         save_at: Sequence[int] = (),
         on_landing: Callable[[int], None] | None = None,
         layout: Layout | None = None,
     ) -> None:
-        space = find_space(model)
+        space = find_space(model, per_layer)
         self.limits = limits or find_limits(space, model.config)
         self.targets = sorted({target_params, *save_at}, reverse=True)
         self.source_params = space.num_params(self.limits.source)
@@ -110,7 +115,8 @@ class Pruner:
                 found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
                 raise BudgetError(
                     f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
-                    f"{self.limits.tile}, floors {self.limits.floor}); ask for another size, or lower --round-to"
+                    f"{shape_text(self.limits.tile)}; floors {shape_text(self.limits.floor)}); ask for another size, "
+                    "or lower --round-to"
                 )
         known = {id(param) for group in optimizer.param_groups for param in group["params"]}
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
@@ -120,7 +126,7 @@ class Pruner:
                 "build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
-        self.layout = layout or Layout()
+        self.layout, self.per_layer = layout or Layout(), per_layer
         self.pace = pace or SlotPace(slot_steps=1)
         self.saliency, self.scored, self.score_ema = saliency, score, score_ema
         self.compaction_tile = compaction_tile
@@ -152,7 +158,7 @@ class Pruner:
 
     @property
     def shape(self) -> Shape:
-        """Live units of every kind."""
+        """Live units of every bundle."""
         return self._ledger.shape
 
     @property
@@ -244,7 +250,7 @@ class Pruner:
             shapes={name: param.shape for name, param in params.items()},
             add_up=self.layout.sum_shards,
         )
-        scores = {kind: score.cpu() for kind, score in scores.items()}  # choosing is the host's business
+        scores = {bundle: score.cpu() for bundle, score in scores.items()}  # choosing is the host's business
         if all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired):
             return nothing
         if self.score_ema:
@@ -252,33 +258,38 @@ class Pruner:
         return self._choose(step, scores) if due else nothing
 
     def _choose(self, step: int, scores: Scores) -> Plan:
-        queues = {
-            kind: queue_groups(score, self._ledger.live_queries({}) if kind == "query" else None)
-            for kind, score in scores.items()
-        }
+        queues = {bundle: queue_groups(score, self._ledger.counted(bundle, {})) for bundle, score in scores.items()}
         shape, num_params, next_step = self.shape, self.space.num_params, self.next_step
         removals: list[Removal] = []
         units: dict[str, list[int]] = {}
         while self._is_due(step, next_step, self.measure(shape)):
-            kind = choose_kind(queues, shape, self.limits, self.measure, self.targets)
-            if kind is None:
-                raise BudgetError(f"no group can be removed from {shape} on the way to a target of {self.targets[0]:,}")
-            dims = self.space.bundles[kind].dims
-            counted = self._ledger.live_queries(units) if kind == "query" else [True] * len(dims)
-            saliencies = {name: queue.head for name, queue in queues.items() if shape[name] > self.limits.floor[name]}
-            chosen = dict(zip((dim.name for dim in dims), queues[kind].pop(), strict=True))
-            after = {**shape, kind: shape[kind] - 1}
+            bundle = choose_kind(queues, shape, self.limits, self.measure, self.targets)
+            if bundle is None:
+                raise BudgetError(
+                    f"no group can be removed from {shape_text(shape)} on the way to a target of {self.targets[0]:,}"
+                )
+            dims = self.space.bundles[bundle].dims
+            counted = self._ledger.counted(bundle, units)
+            saliencies = {
+                kind: lowest for kind in KINDS if (lowest := self._lowest(of_kind(shape, kind), queues)) is not None
+            }
+            chosen = dict(zip((dim.name for dim in dims), queues[bundle].pop(), strict=True))
+            after = {**shape, bundle: shape[bundle] - 1}
             named = self._ledger.in_source(
                 {dim.name: chosen[dim.name] for dim, one in zip(dims, counted, strict=True) if one}
             )
-            removals.append(Removal(step, kind, named, saliencies, num_params(shape), num_params(after)))
+            removals.append(Removal(step, kind_of(bundle), named, saliencies, num_params(shape), num_params(after)))
             for name, unit in chosen.items():
                 units.setdefault(name, []).append(unit)
-            next_step = self.pace.wait(next_step, step, o_columns(kind, shape, self.space.head_dim))
+            next_step = self.pace.wait(next_step, step, o_columns(bundle, shape, self.space.head_dim))
             shape = after
-            if is_landed(shape, self.limits, num_params, self.targets[0]):
+            if is_landed(shape, self.limits, self.measure, self.targets[0]):
                 break  # a rung is saved before anything else goes
         return Plan(removals, units, next_step)
+
+    def _lowest(self, shape: Shape, queues: Mapping[str, Queue]) -> float | None:
+        """Returns the lowest group saliency of the bundles in `shape` that are above their floors, if any is."""
+        return min((queues[name].head for name, size in shape.items() if size > self.limits.floor[name]), default=None)
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
@@ -293,7 +304,7 @@ class Pruner:
         if self._is_landed():
             self.compact()
         else:
-            self._compact({kind: self._tile(kind) for kind in kinds})
+            self._compact({bundle: tile for kind in kinds for bundle, tile in self._complete(kind).items()})
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         while self.targets and self._is_landed():
             size = self.targets.pop(0)
@@ -306,7 +317,7 @@ class Pruner:
             model = self.layout.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
-            self._ledger.renumber(units, find_space(self.model))
+            self._ledger.renumber(units, find_space(self.model, self.per_layer))
             count_live_(self.model, self._norms, self.space, self._ledger.retired)
 
     def _move_to(self, model: nn.Module) -> None:
@@ -316,7 +327,7 @@ class Pruner:
         self._norms = LiveNorms(self.layout.compiles)
         if self._sampler:
             self._sampler.close()
-            self._sampler = InputSampler(model, find_space(model))
+            self._sampler = InputSampler(model, find_space(model, self.per_layer))
         self._compact_before_saving()
 
     def _compact_before_saving(self) -> None:
@@ -335,10 +346,25 @@ class Pruner:
     def _is_landed(self) -> bool:
         return is_landed(self.shape, self.limits, self.measure, self.targets[0])
 
-    def _tile(self, kind: str) -> int:
+    def _complete(self, kind: str) -> dict[str, int]:
+        """Returns the tiles of a kind's bundles, none while compaction is dear and can wait.
+
+        Layers that shrink each on its own wait until they have as many complete tiles as there are layers: all together
+        are then compacted as often as layers in lockstep.
+        """
+        tiles = {bundle: self._tile(bundle) for bundle in of_kind(self.space.shape, kind)}
+        if kind == "query" or self.compaction_tile is None:
+            return tiles
+        waiting = self._ledger.waiting(tiles)
+        dims = {bundle: self.space.bundles[bundle].dims[0].name for bundle in tiles}
+        complete = sum(-(-len(waiting.get(dims[bundle], ())) // tile) for bundle, tile in tiles.items())
+        return tiles if complete >= len(tiles) else {}
+
+    def _tile(self, bundle: str) -> int:
+        kind = kind_of(bundle)
         if kind == "query":
             return 1  # query heads cannot wait: they wake up (method.md section 2)
-        legal = self.limits.tile[kind]
+        legal = self.limits.tile[bundle]
         if self.compaction_tile is None:
             return legal
         units = self.compaction_tile // self.space.head_dim if kind == "kv" else self.compaction_tile

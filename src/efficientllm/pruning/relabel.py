@@ -3,14 +3,16 @@
 from typing import Any
 
 from torch import nn
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, MistralConfig
 
+from efficientllm.pruning.per_layer import ALLOWANCE, PREFIX, follow_config_, model_class
 from efficientllm.space.limits import has_llama_bias
 
 
 def mistral_config(config: LlamaConfig) -> MistralConfig:
     """Returns the Mistral config of a bias-free Llama: same keys, same function, any shape (architecture.md, 5)."""
     values = config.to_dict()
+    values.pop(ALLOWANCE, None)
     for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
         values.pop(name, None)
     values["sliding_window"] = None
@@ -37,5 +39,6 @@ def relabel_llama_(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is config:
             module.config = relabelled
-    if type(model).__name__ == "LlamaForCausalLM":
-        model.__class__ = MistralForCausalLM
+    if type(model).__name__.removeprefix(PREFIX) == "LlamaForCausalLM":
+        model.__class__ = model_class(relabelled)
+        follow_config_(model)

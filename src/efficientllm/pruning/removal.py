@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.pruning.norms import LiveNorms
+from efficientllm.pruning.per_layer import follow_config_, resize_modules_, set_widths_
 from efficientllm.pruning.saliency import Retired, live_lengths
 from efficientllm.space.dims import Dim, Shape, Space
 
@@ -91,7 +92,7 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
         replaced[old] = new
     for group in optimizer.param_groups if optimizer is not None else ():
         group["params"] = [replaced.get(param, param) for param in group["params"]]
-    shape = {kind: bundle.size - len(units.get(bundle.dims[0].name, ())) for kind, bundle in space.bundles.items()}
+    shape = {name: bundle.size - len(units.get(bundle.dims[0].name, ())) for name, bundle in space.bundles.items()}
     resize_config(model, shape, space.head_dim)
 
 
@@ -128,23 +129,14 @@ def kept_entries(model: nn.Module, space: Space, units: Retired) -> dict[str, li
 
 def resize_config(model: nn.Module, shape: Shape, head_dim: int) -> None:
     """Writes a shape into the config and into the attributes that modules copied from it, by their names."""
-    sizes = {
-        "hidden_size": shape["hidden"],
-        "intermediate_size": shape["ffn"],
-        "num_key_value_heads": shape["kv"],
-        "num_attention_heads": shape["kv"] * shape["query"],
-    }
-    for name, size in {**sizes, "head_dim": head_dim}.items():
-        setattr(model.config, name, size)
-    copies = {**sizes, "num_heads": sizes["num_attention_heads"], "num_key_value_groups": shape["query"]}
+    set_widths_(model.config, shape, head_dim)
+    resize_modules_(model, shape)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = module.weight.shape[1]
-        for name, size in copies.items():
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, size)
+    follow_config_(model)
 
 
 def entries(start: int, block: int, units: list[int]) -> Tensor:

@@ -14,7 +14,7 @@ from efficientllm.space.dims import Slot, Space
 
 Scored = Literal["output", "all"]
 Saliency = Literal["first", "fisher"]
-Scores = dict[str, Tensor]  # by kind: (dims in the bundle, units), float32
+Scores = dict[str, Tensor]  # by bundle: (its dims, units), float32
 Retired = Mapping[str, list[int]]  # units that are zero but not yet compacted, by dim name
 
 CHUNK = 4_194_304  # elements of one temporary: |w·g| of a whole embedding would add to the peak memory
@@ -87,21 +87,21 @@ def score_units(
             counts[dim_name] += slot.block * others
     totals = dict(zip(totals, add_up(list(totals.values())), strict=True))
     scores: Scores = {}
-    for kind, bundle in space.bundles.items():
+    for name, bundle in space.bundles.items():
         rows = [totals[dim.name] / counts[dim.name] for dim in bundle.dims]
-        scores[kind] = torch.stack(rows)
+        scores[name] = torch.stack(rows)
         for row, dim in enumerate(bundle.dims):
             if retired.get(dim.name):
-                scores[kind][row, retired[dim.name]] = torch.inf
+                scores[name][row, retired[dim.name]] = torch.inf
     return scores
 
 
 def are_whole(scores: Scores, space: Space, retired: Retired) -> bool:
     """Returns whether every unit that is not retired has a finite score."""
     return all(
-        int(scores[kind].isfinite().sum())
+        int(scores[name].isfinite().sum())
         == len(bundle.dims) * bundle.size - sum(len(retired.get(dim.name, ())) for dim in bundle.dims)
-        for kind, bundle in space.bundles.items()
+        for name, bundle in space.bundles.items()
     )
 
 
@@ -124,11 +124,11 @@ def smooth(previous: Scores | None, scores: Scores, decay: float) -> Scores:
     Clipping gives every step's gradient another factor, which a plain average would weigh the steps by.
     """
     total = sum(float(score[score.isfinite()].double().sum()) for score in scores.values()) or 1.0
-    normed = {kind: score / total for kind, score in scores.items()}
+    normed = {name: score / total for name, score in scores.items()}
     if previous is None:
         return normed
-    mixed = {kind: previous[kind] * decay + score * (1 - decay) for kind, score in normed.items()}
-    return {kind: torch.where(normed[kind].isinf(), normed[kind], score) for kind, score in mixed.items()}
+    mixed = {name: previous[name] * decay + score * (1 - decay) for name, score in normed.items()}
+    return {name: torch.where(normed[name].isinf(), normed[name], score) for name, score in mixed.items()}
 
 
 def _axis_sums(

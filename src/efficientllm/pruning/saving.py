@@ -29,8 +29,9 @@ def save_as_before(model: nn.Module) -> None:
 
 def check_saveable(config: Any) -> None:
     """Raises UnsupportedModelError if transformers would refuse the config only after it began to write the folder."""
-    if needs_heads_divide_hidden(config) and config.hidden_size % config.num_attention_heads:
-        raise UnsupportedModelError(
-            f"{config.model_type} cannot be saved at hidden size {config.hidden_size} with "
-            f"{config.num_attention_heads} heads; save when the open tile of hidden dimensions is complete"
-        )
+    for layer in config.per_layer_config if needs_heads_divide_hidden(config) else ():
+        if config.hidden_size % layer.num_attention_heads:
+            raise UnsupportedModelError(
+                f"{config.model_type} cannot be saved at hidden size {config.hidden_size} with "
+                f"{layer.num_attention_heads} heads; save when the open tile of hidden dimensions is complete"
+            )

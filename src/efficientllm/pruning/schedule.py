@@ -19,7 +19,7 @@ class LinearPace:
         passed = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return size > source - (source - target) * passed
 
-    def wait(self, next_step: float, step: int, slots: int) -> float:
+    def wait(self, next_step: float, step: int, slots: float) -> float:
         return next_step
 
 
@@ -40,7 +40,7 @@ class SlotPace:
         """Returns whether the wait of the last removal ends within this step."""
         return step > self.warmup_steps and max(next_step, self.warmup_steps + 1) < step + 1 - 1e-9
 
-    def wait(self, next_step: float, step: int, slots: int) -> float:
+    def wait(self, next_step: float, step: int, slots: float) -> float:
         """Returns the step at which the next removal is due, after one that took `slots` slots."""
         return max(next_step, self.warmup_steps + 1) + self.slot_steps * (1 if self.equal else slots)
 

@@ -1,4 +1,7 @@
-"""Selection: which group goes next, and whether the model can still land on its target (issue 1, "Landing")."""
+"""Selection: which group goes next, and whether the model can still land on its target (issue 1, "Landing").
+
+In the per-layer layout every layer has bundles of its own; they compete with each other as kinds do.
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientllm.space.dims import Measure, Shape
+from efficientllm.space.dims import Measure, Shape, kind_of, of_kind
 from efficientllm.space.limits import Limits
 
 
@@ -20,7 +23,8 @@ class Removal:
 
     Attributes:
         units: source indices of the units of every dim, by dim name.
-        saliencies: the lowest group saliency of every kind that could still go, the chosen one's included.
+        saliencies: the lowest group saliency of every kind that could still go, the chosen one's included; of all
+            layers' bundles where each layer has its own.
     """
 
     step: int
@@ -36,7 +40,7 @@ class Removal:
 
 @dataclass
 class Queue:
-    """The groups of one kind in the order in which they would go: the k-th takes each dim's k-th least salient unit.
+    """The groups of one bundle in the order in which they would go: the k-th takes each dim's k-th least salient unit.
 
     `units` is (dims, units) and `saliencies` (units); a group's saliency is the mean over dims of its units'.
     """
@@ -69,11 +73,14 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
 def choose_kind(
     queues: Mapping[str, Queue], shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]
 ) -> str | None:
-    """Returns the kind whose next group is least salient among those that may go; ties break by the kind's name."""
-    ranked = sorted((queue.head, kind) for kind, queue in queues.items())
-    for _, kind in ranked:
-        if may_remove(kind, shape, limits, measure, targets):
-            return kind
+    """Returns the bundle whose next group is least salient among those that may go; ties break by name.
+
+    Bundles are kinds, or in the per-layer layout each layer's.
+    """
+    ranked = sorted((queue.head, bundle) for bundle, queue in queues.items())
+    for _, bundle in ranked:
+        if may_remove(bundle, shape, limits, measure, targets):
+            return bundle
     return None
 
 
@@ -82,24 +89,30 @@ def is_landed(shape: Shape, limits: Limits, measure: Measure, target: int) -> bo
     return measure(shape) <= target and limits.close(shape) == shape
 
 
-def may_remove(kind: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
-    """Returns whether a unit of `kind` may go so that the model can still end within one FFN tile of every target.
+def may_remove(bundle: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
+    """Returns whether a unit of a bundle may go so that the model can still end within one FFN tile of every target.
 
     Once completing the open tiles is enough, only they go on.
     """
-    if shape[kind] - 1 < limits.floor[kind]:
-        return False
+    return shape[bundle] > limits.floor[bundle] and may_become(
+        {**shape, bundle: shape[bundle] - 1}, shape, limits, measure, targets
+    )
+
+
+def may_become(after: Shape, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
+    """Returns whether a smaller shape within the floors may follow, as `may_remove` does of a single unit."""
     closed = limits.close(shape)
     if measure(closed) <= targets[0]:
-        return closed[kind] < shape[kind]
-    after = limits.close({**shape, kind: shape[kind] - 1})
-    return after == closed or can_land(after, limits, measure, *targets)
+        return all(closed[bundle] < size for bundle, size in shape.items() if after[bundle] < size)
+    landing = limits.close(after)
+    return landing == closed or can_land(landing, limits, measure, *targets)
 
 
 def can_land(shape: Shape, limits: Limits, measure: Measure, *targets: int) -> bool:
     """Returns whether legal shapes lie at or below `shape`, each at or below the one before, that land on every target.
 
-    A shape lands where its size lies in (target - one FFN tile over all layers, target]. Targets fall.
+    A shape lands where its size lies in (target - one FFN tile, target]: a tile of every layer at once, or, in the
+    per-layer layout, of one layer. Targets fall.
     """
     if not targets:
         return True
@@ -114,20 +127,44 @@ def _landings(shape: Shape, limits: Limits, measure: Measure, target: int) -> It
     With the other kinds fixed, FFN tiles cover a whole interval in steps of one tile, so only the others are searched:
     the shape's own first, then for every number of heads the hidden sizes, larger ones first, from the largest that is
     not too large, by bisection.
+
+    Layers with heads of their own have too many combinations of them. There one way down is searched, which depends on
+    nothing but the shape it begins at: after a step along it the rest of it is what is searched, so that a run that can
+    land can always take a step and still land.
     """
     if _fills(shape, limits, measure, target) == 0:
         yield _filled(shape, limits, measure, target)
     hidden_sizes = limits.legal_sizes("hidden", shape["hidden"])
-    heads = product(
-        reversed(limits.legal_sizes("kv", shape["kv"])), reversed(limits.legal_sizes("query", shape["query"]))
-    )
-    for num_kv, num_query in heads:
-        with_heads = {**shape, "kv": num_kv, "query": num_query}
+    on_one_way = "kv" not in shape
+    for with_heads in _fewer_heads(shape, limits) if on_one_way else _all_heads(shape, limits):
         fits = partial(_fills_at, with_heads, limits, measure, target)
+        if on_one_way and fits(hidden_sizes[-1]) < 0:
+            return  # from here on every shape is smaller
         for hidden in reversed(hidden_sizes[: bisect_left(hidden_sizes, 1, key=fits)]):
             if fits(hidden) < 0:
                 break
             yield _filled({**with_heads, "hidden": hidden}, limits, measure, target)
+
+
+def _all_heads(shape: Shape, limits: Limits) -> Iterator[Shape]:
+    """Yields a uniform shape with every legal number of heads at or below its own."""
+    heads = product(
+        reversed(limits.legal_sizes("kv", shape["kv"])), reversed(limits.legal_sizes("query", shape["query"]))
+    )
+    for num_kv, num_query in heads:
+        yield {**shape, "kv": num_kv, "query": num_query}
+
+
+def _fewer_heads(shape: Shape, limits: Limits) -> Iterator[Shape]:
+    """Yields the shape, then with one legal step less at a time where most of the source's heads are left."""
+    bundles = [*of_kind(shape, "kv"), *of_kind(shape, "query")]
+    steps = {bundle: limits.legal_sizes(bundle, shape[bundle]) for bundle in bundles}
+    yield shape
+    while left := [bundle for bundle in bundles if len(steps[bundle]) > 1]:
+        most = max(left, key=lambda bundle: steps[bundle][-1] / limits.source[bundle])
+        steps[most] = steps[most][:-1]
+        shape = {**shape, most: steps[most][-1]}
+        yield shape
 
 
 def _fills_at(shape: Shape, limits: Limits, measure: Measure, target: int, hidden: int) -> int:
@@ -136,29 +173,60 @@ def _fills_at(shape: Shape, limits: Limits, measure: Measure, target: int, hidde
 
 def _fills(shape: Shape, limits: Limits, measure: Measure, target: int) -> int:
     """Returns 0 if FFN tiles can bring the shape into the window, 1 if it stays too large, -1 if it is too small."""
-    if measure({**shape, "ffn": limits.floor["ffn"]}) > target:
+    if measure({**shape, **{bundle: limits.floor[bundle] for bundle in of_kind(shape, "ffn")}}) > target:
         return 1
     size = measure(shape)
     return 0 if size > target or size > target - ffn_tile_size(shape, limits, measure) else -1
 
 
 def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shape:
-    """Returns a shape that fills with the widest legal FFN at or under the target."""
-    widths = limits.legal_sizes("ffn", shape["ffn"])
-    fitting = bisect_right(widths, target, key=lambda ffn: measure({**shape, "ffn": ffn}))
-    return {**shape, "ffn": widths[fitting - 1]}
+    """Returns a shape that fills with the widest legal FFN at or under the target.
+
+    Of layers with widths of their own the widest give way first: all are cut to a level, the first of them one step
+    less. Whatever wide layer loses a tile, what is left of this fill stays the same.
+    """
+    sizes = {bundle: limits.legal_sizes(bundle, size) for bundle, size in of_kind(shape, "ffn").items()}
+    levels = sorted({size for each in sizes.values() for size in each})
+
+    def cut(level: int) -> Shape:
+        return {**shape, **{name: each[max(bisect_right(each, level) - 1, 0)] for name, each in sizes.items()}}
+
+    def grown(count: int) -> Shape:
+        return {**low, **{bundle: high[bundle] for bundle in wider[:count]}}
+
+    fitting = bisect_right(levels, target, key=lambda level: measure(cut(level)))
+    low = cut(levels[fitting - 1])
+    if fitting == len(levels):
+        return low
+    high = cut(levels[fitting])
+    wider = [bundle for bundle in sizes if high[bundle] > low[bundle]]
+    return grown(bisect_right(range(1, len(wider)), target, key=lambda count: measure(grown(count))))
 
 
 def ffn_tile_size(shape: Shape, limits: Limits, measure: Measure) -> int:
-    """Returns what one FFN tile over all layers adds to the size.
+    """Returns what one FFN tile adds to the size: over all layers, or to the layer where it adds most.
 
     To a source whose width is no multiple of the tile the last step is narrower, but may be larger in bytes.
     """
-    wider = {**shape, "ffn": min(shape["ffn"] + limits.tile["ffn"], limits.source["ffn"])}
-    tile = measure({**shape, "ffn": limits.tile["ffn"]}) - measure({**shape, "ffn": 0})
-    return max(tile, measure(wider) - measure(shape))
+    largest = 0
+    for bundle, width in of_kind(shape, "ffn").items():
+        tile, source = limits.tile[bundle], limits.source[bundle]
+        largest = max(largest, measure({**shape, bundle: tile}) - measure({**shape, bundle: 0}))
+        if source % tile:
+            wider = {**shape, bundle: min(width + tile, source)}
+            largest = max(largest, measure(wider) - measure(shape))
+    return largest
 
 
-def o_columns(kind: str, shape: Shape, head_dim: int) -> int:
-    """Returns what a group takes in slots: a channel 1, a stem dimension 2, heads the columns of O per layer."""
-    return {"ffn": 1, "hidden": 2, "kv": shape["query"] * head_dim, "query": shape["kv"] * head_dim}[kind]
+def o_columns(bundle: str, shape: Shape, head_dim: int) -> float:
+    """Returns what a group takes in slots: a channel 1, a stem dimension 2, heads the columns of O per layer.
+
+    A group of one layer takes its layer's share of that.
+    """
+    kind = kind_of(bundle)
+    if kind in ("kv", "query"):
+        other = bundle.removesuffix(kind) + {"kv": "query", "query": "kv"}[kind]
+        slots = shape[other] * head_dim
+    else:
+        slots = {"ffn": 1, "hidden": 2}[kind]
+    return slots / len(of_kind(shape, kind))

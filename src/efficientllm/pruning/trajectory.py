@@ -7,20 +7,24 @@ from typing import NamedTuple
 
 from efficientllm.errors import BudgetError
 from efficientllm.pruning.schedule import Pace
-from efficientllm.pruning.selection import is_landed, may_remove, o_columns
-from efficientllm.space.dims import KINDS, Measure, Shape
+from efficientllm.pruning.selection import is_landed, may_become, may_remove, o_columns
+from efficientllm.space.dims import KINDS, Measure, Shape, of_kind, shape_text
 from efficientllm.space.limits import Limits
 
 Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
 
 class Planned(NamedTuple):
-    """One removal of a plan: the optimizer step after which it happens, and what is left then."""
+    """Removals of a plan: the optimizer step after which they happen, and what is left then.
+
+    One, or where layers shrink each on its own, as many as layers lose a unit at once.
+    """
 
     step: int
     kind: str
     shape: Shape
     size: int
+    removals: int = 1
 
 
 def simulate(
@@ -45,17 +49,35 @@ def simulate(
     step, next_step = 1, 0.0
     while left:
         while not is_landed(shape, limits, measure, left[0]) and pace.is_due(step, next_step, size, source, final):
-            kind = next((each for each in order(shape) if may_remove(each, shape, limits, measure, left)), None)
-            if kind is None:
-                raise BudgetError(f"no group can be removed from {shape} on the way to a target of {left[0]:,}")
-            next_step = pace.wait(next_step, step, o_columns(kind, shape, head_dim))
-            shape = {**shape, kind: shape[kind] - 1}
+            kinds = ((kind, losing(kind, shape, limits, measure, left)) for kind in order(shape))
+            kind, bundles = next(((kind, bundles) for kind, bundles in kinds if bundles), ("", []))
+            if not bundles:
+                raise BudgetError(
+                    f"no group can be removed from {shape_text(shape)} on the way to a target of {left[0]:,}"
+                )
+            for bundle in bundles:
+                next_step = pace.wait(next_step, step, o_columns(bundle, shape, head_dim))
+            shape = one_less(shape, bundles)
             size = measure(shape)
-            planned.append(Planned(step, kind, shape, size))
+            planned.append(Planned(step, kind, shape, size, len(bundles)))
         while left and is_landed(shape, limits, measure, left[0]):
             left.pop(0)
         step = max(step + 1, floor(next_step))  # nothing is due before
     return planned
+
+
+def losing(kind: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> list[str]:
+    """Returns the bundles of a kind that lose a unit next: of all layers that can, or where they may not, of one."""
+    able = [bundle for bundle, size in of_kind(shape, kind).items() if size > limits.floor[bundle]]
+    if len(able) > 1 and may_become(one_less(shape, able), shape, limits, measure, targets):
+        return able
+    able.sort(key=lambda bundle: -shape[bundle])
+    return next(([bundle] for bundle in able if may_remove(bundle, shape, limits, measure, targets)), [])
+
+
+def one_less(shape: Shape, bundles: Iterable[str]) -> Shape:
+    """Returns the shape with a unit less in each of the bundles."""
+    return {**shape, **{bundle: shape[bundle] - 1 for bundle in bundles}}
 
 
 def pruning_steps(measure: Measure, limits: Limits, target: int, pace: Pace, head_dim: int) -> int:
@@ -66,7 +88,8 @@ def pruning_steps(measure: Measure, limits: Limits, target: int, pace: Pace, hea
 
 def proportional(limits: Limits) -> Order:
     """Returns the order in which all kinds keep about the same share of their units; ties break by name."""
-    return lambda shape: sorted(KINDS, key=lambda kind: (-shape[kind] / limits.source[kind], kind))
+    source = {kind: sum(of_kind(limits.source, kind).values()) for kind in KINDS}
+    return lambda shape: sorted(KINDS, key=lambda kind: (-sum(of_kind(shape, kind).values()) / source[kind], kind))
 
 
 def as_logged(kinds: Sequence[str], limits: Limits) -> Order:
@@ -83,7 +106,7 @@ def as_logged(kinds: Sequence[str], limits: Limits) -> Order:
 
 def extreme_orders(limits: Limits) -> list[Order]:
     """Returns every order that exhausts one kind before it begins the next."""
-    movable = [kind for kind in KINDS if limits.floor[kind] < limits.source[kind]]
+    movable = [kind for kind in KINDS if of_kind(limits.floor, kind) != of_kind(limits.source, kind)]
     return [constant(kinds) for kinds in permutations(movable)]
 
 
@@ -95,8 +118,8 @@ def constant(kinds: Sequence[str]) -> Order:
 def physical(shape: Shape, limits: Limits) -> Shape:
     """Returns the shape that is computed while `shape` is live: retired units wait for a whole tile to be compacted."""
     return {
-        kind: min(limits.source[kind], -(-size // limits.tile[kind]) * limits.tile[kind])
-        for kind, size in shape.items()
+        bundle: min(limits.source[bundle], -(-size // limits.tile[bundle]) * limits.tile[bundle])
+        for bundle, size in shape.items()
     }
 
 

@@ -9,7 +9,7 @@ from efficientllm.numbers import format_count
 from efficientllm.pruning.schedule import LinearPace
 from efficientllm.pruning.trajectory import Planned
 from efficientllm.report.cluster import cluster_parts
-from efficientllm.space.dims import KINDS, Shape, Space
+from efficientllm.space.dims import KINDS, Shape, Space, of_kind, size_text, widths
 from efficientllm.space.limits import Limits, find_limits
 from efficientllm.training.budget import Budget, open_budget, params_budget
 from efficientllm.training.cards import Cluster
@@ -85,16 +85,12 @@ def shape_table(plan: Plan, space: Space, config: RunConfig, budget: Budget) -> 
     points = [Planned(0, "", plan.source, budget.measure(plan.source)), *(plan.planned[index] for index in picked)]
     marks = ["", *("saved" if index in plan.landed else "" for index in picked)]
     for point, mark in zip(points, marks, strict=True):
-        shape = point.shape
         table.add_row(
             f"{point.step:,}",
             format_count(point.step * config.batch_tokens),
-            f"{shape['hidden']:,}",
-            f"{shape['ffn']:,}",
-            f"{shape['kv'] * shape['query']}",
-            f"{shape['kv']}",
-            f"{space.num_params(shape):,}",
-            *([_bytes(file(shape))] if file else []),
+            *(size_text(size) for size in widths(point.shape).values()),
+            f"{space.num_params(point.shape):,}",
+            *([_bytes(file(point.shape))] if file else []),
             mark,
         )
     return table
@@ -111,7 +107,9 @@ def milestones(planned: Sequence[Planned], source: int) -> list[int]:
 
 def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
     """Returns the removals, steps and tokens of the two phases, and the learning rate."""
-    counts = Counter(removal.kind for removal in plan.planned)
+    counts: Counter[str] = Counter()
+    for planned in plan.planned:
+        counts[planned.kind] += planned.removals
     kinds = ", ".join(f"{kind} {counts[kind]:,}" for kind in KINDS if counts[kind])
     after = plan.steps - plan.prune_steps
     pace = recipe.pace
@@ -120,7 +118,7 @@ def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
     else:
         how = f"{pace.slot_steps:g} steps a {'removal' if pace.equal else 'slot'}"
     return [
-        f"removals   {len(plan.planned):,}" + (f" ({kinds})" if kinds else ""),
+        f"removals   {counts.total():,}" + (f" ({kinds})" if kinds else ""),
         f"pruning    {_phase(plan.prune_steps, config)}; {how}, after {recipe.warmup_steps:,} of warm-up",
         f"after it   {_phase(after, config)}",
         f"in all     {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
@@ -142,7 +140,8 @@ def rounding_lines(plan: Plan, space: Space, limits: Limits, budget: Budget) -> 
     left = left * params // num_bytes if budget.measure is file else left
     room = budget.target if budget.measure is file else num_bytes
     needed, held = unrounded(space, limits, file, params, room)
-    tiles = ", ".join(f"{kind} {size}" for kind, size in file.limits.tile.items() if size > 1)
+    sizes = ((kind, max(of_kind(file.limits.tile, kind).values())) for kind in KINDS)
+    tiles = ", ".join(f"{kind} {size}" for kind, size in sizes if size > 1)
     return [
         f"rounding   to tiles of {tiles}: about {left:,} parameters below what the target has room for;",
         f"           without it about as many parameters take {needed:,} bytes for {num_bytes:,}, and {room:,} bytes "
@@ -190,12 +189,9 @@ def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) 
 
 
 def _sizes(shape: Shape, space: Space, budget: Budget) -> str:
-    heads = shape["kv"] * shape["query"]
+    hidden, ffn, heads, kv = (size_text(size) for size in widths(shape).values())
     file = f", {budget.file(shape):,} bytes of {budget.file.type}" if budget.file else ""
-    return (
-        f"{space.num_params(shape):,} parameters{file}; hidden {shape['hidden']:,}, ffn {shape['ffn']:,}, "
-        f"{heads} heads, {shape['kv']} kv heads"
-    )
+    return f"{space.num_params(shape):,} parameters{file}; hidden {hidden}, ffn {ffn}, {heads} heads, {kv} kv heads"
 
 
 def _phase(steps: int, config: RunConfig) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from efficientllm.numbers import format_count
 from efficientllm.space import Limits, Space, find_limits, find_space
+from efficientllm.space.dims import KINDS, alike, kind_of, of_kind, shape_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ def print_space(
     from efficientllm.delivery.load import empty_model, load_config
 
     config = load_config(model, trust_remote_code)
-    space = find_space(empty_model(config, model))
+    space = find_space(empty_model(config, model), per_layer=config.is_heterogeneous)
     limits = find_limits(space, config, round_to=round_to, min_ffn=min_ffn, min_hidden=min_hidden, min_kv=min_kv)
     console = _console()
     for line in source_lines(model, config, space):
@@ -89,16 +90,17 @@ def space_table(space: Space, limits: Limits) -> "Table":
         ("least", "right"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for kind, bundle in space.bundles.items():
-        frozen = limits.floor[kind] == bundle.size
+    for kind in KINDS:
+        sizes, floors = of_kind(space.shape, kind), of_kind(limits.floor, kind)
+        frozen = floors == sizes
         table.add_row(
             kind,
             UNITS[kind],
-            f"{len(bundle.dims):,}",
-            f"{bundle.size:,}",
+            f"{sum(len(space.bundles[name].dims) for name in sizes):,}",
+            size_text(alike(list(sizes.values()))),
             f"{params_per_unit(space, kind):,}",
-            "frozen" if frozen else f"{limits.tile[kind]:,}",
-            f"{limits.floor[kind]:,}",
+            "frozen" if frozen else f"{max(of_kind(limits.tile, kind).values()):,}",
+            size_text(alike(list(floors.values()))),
             style="dim" if frozen else None,
         )
     return table
@@ -106,33 +108,32 @@ def space_table(space: Space, limits: Limits) -> "Table":
 
 def params_per_unit(space: Space, kind: str) -> int:
     """Parameters that go with one unit of every dim of a kind, at the shape the model has."""
-    smaller = space.shape | {kind: space.shape[kind] - 1}
+    smaller = space.shape | {name: size - 1 for name, size in of_kind(space.shape, kind).items()}
     return space.num_params(space.shape) - space.num_params(smaller)
 
 
 def limit_lines(space: Space, limits: Limits) -> list[str]:
     """How far down pruning can go, and why a kind is frozen or goes in other steps than asked."""
     least, source = space.num_params(limits.floor), space.num_params(space.shape)
-    floors = ", ".join(f"{kind} {size:,}" for kind, size in limits.floor.items())
     kinds: dict[str, list[str]] = {}  # by note: what freezes the heads often freezes both kinds of them
-    for kind, size in space.shape.items():
-        if note := limits.notes.get(kind) or _why_frozen(kind, size, limits):
-            kinds.setdefault(note, []).append(kind)
+    for name, size in space.shape.items():
+        if (note := limits.notes.get(kind_of(name)) or _why_frozen(name, size, limits)) and name not in kinds:
+            kinds.setdefault(note, []).append(name)
     return [
         "smallest reachable size",
-        f"  {least:,} parameters, {least / source:.1%} of the source: {floors}",
+        f"  {least:,} parameters, {least / source:.1%} of the source: {shape_text(limits.floor)}",
         *(f"{', '.join(names)}: {note}" for note, names in kinds.items()),
     ]
 
 
-def _why_frozen(kind: str, size: int, limits: Limits) -> str | None:
-    if limits.floor[kind] < size:
+def _why_frozen(bundle: str, size: int, limits: Limits) -> str | None:
+    if limits.floor[bundle] < size:
         return None
     if size == 1:
-        return f"one {UNITS[kind]} is left, and no layer is ever emptied"
-    if size <= limits.tile[kind]:
-        return f"{size} is the only legal size, others are multiples of {limits.tile[kind]}"
-    return f"the floor leaves no legal size (multiples of {limits.tile[kind]}) below {size}"
+        return f"one {UNITS[kind_of(bundle)]} is left, and no layer is ever emptied"
+    if size <= limits.tile[bundle]:
+        return f"{size} is the only legal size, others are multiples of {limits.tile[bundle]}"
+    return f"the floor leaves no legal size (multiples of {limits.tile[bundle]}) below {size}"
 
 
 def _console() -> "Console":

@@ -3,6 +3,9 @@
 A *unit* is the least thing that can go: one hidden dimension, one FFN channel, one KV group (a key/value head with its
 query heads), or one query head out of every KV group. A *dim* is the list of places in parameters that its units own; a
 *bundle* is the dims that shrink in lockstep, one unit each: the paper's minimal parameter group.
+
+A bundle holds the same dim of all layers and is named by its kind ("ffn"), or, in the per-layer layout, one layer's
+("layers.3.ffn"); the hidden dimensions are one bundle in either, for all layers share the residual stream.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +15,48 @@ from typing import Literal
 from efficientllm.space.cost import Polynomial
 
 Role = Literal["producer", "consumer", "rider"]
-Shape = dict[str, int]  # units left in each dim of a bundle, by bundle name
+Shape = dict[str, int]  # units left in each dim of a bundle, by the bundle's name; within a kind, layer by layer
 Measure = Callable[[Shape], int]  # parameters or bytes of a shape; never falls as a shape grows
 
 KINDS = ("hidden", "ffn", "kv", "query")
+
+
+def kind_of(bundle: str) -> str:
+    """Returns the kind of a bundle from its name: "ffn" of "ffn" and of "layers.3.ffn"."""
+    return bundle.rpartition(".")[2]
+
+
+def in_layer(shape: Shape, layer: int) -> Shape:
+    """Returns a layer's sizes by kind, in either layout."""
+    return {kind: shape[kind] if kind in shape else shape[f"layers.{layer}.{kind}"] for kind in KINDS}
+
+
+def of_kind(shape: Shape, kind: str) -> Shape:
+    """Returns the bundles of a kind with their sizes: one, or one a layer."""
+    return {name: size for name, size in shape.items() if kind_of(name) == kind}
+
+
+def widths(shape: Shape) -> dict[str, int | list[int]]:
+    """Returns a shape in a Hugging Face config's words; a list, layer by layer, where layers differ."""
+    ffn, kv, query = (list(of_kind(shape, kind).values()) for kind in ("ffn", "kv", "query"))
+    heads = [groups * each for groups, each in zip(kv, query, strict=True)]
+    found = {"intermediate_size": ffn, "num_attention_heads": heads, "num_key_value_heads": kv}
+    return {"hidden_size": shape["hidden"], **{name: alike(sizes) for name, sizes in found.items()}}
+
+
+def alike(sizes: list[int]) -> int | list[int]:
+    """Returns the size that all layers have, or all of them."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def size_text(sizes: int | list[int]) -> str:
+    """Returns a size, or the range of layers' sizes, as a person reads it: "1,536" or "480-1,536"."""
+    return f"{sizes:,}" if isinstance(sizes, int) else f"{min(sizes):,}-{max(sizes):,}"
+
+
+def shape_text(shape: Shape) -> str:
+    """Returns a shape by kinds as a person reads it: "hidden 96, ffn 32-40, kv 1-3, query 2"."""
+    return ", ".join(f"{kind} {size_text(alike(list(of_kind(shape, kind).values())))}" for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -65,10 +106,11 @@ class Space:
     """The pruning space of one model at one shape; rebuilt after every compaction.
 
     Attributes:
-        bundles: by kind, in the order hidden, ffn, kv, query.
+        bundles: by name, in the order hidden, ffn, kv, query, and within a kind layer by layer.
         num_params: parameters as a polynomial in the bundles' units, tied ones counted once.
         tied: names of parameters that are another parameter's tensor.
-        axes: by parameter, the labels (see families.py) of the parts of each axis, in storage order.
+        axes: by parameter, the labels (see families.py) of the parts of each axis, in storage order; with its layer's
+            name before it where bundles are a layer's.
         lengths: entries of a part as a polynomial in the bundles' units, by label.
     """
 
@@ -83,7 +125,12 @@ class Space:
 
     @property
     def shape(self) -> Shape:
-        return {kind: bundle.size for kind, bundle in self.bundles.items()}
+        return {name: bundle.size for name, bundle in self.bundles.items()}
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether bundles are those of one layer each."""
+        return "ffn" not in self.bundles
 
     def dims(self) -> Iterator[Dim]:
         for bundle in self.bundles.values():
@@ -98,6 +145,6 @@ class Space:
         matrices = self.num_params(shape)
         if not self.tied:
             matrices -= self.vocab_size * shape["hidden"]
-        heads = shape["kv"] * shape["query"]
-        attention = 12 * self.num_layers * heads * self.head_dim * seq_len / 2
-        return 6 * matrices + attention
+        layers = [in_layer(shape, layer) for layer in range(self.num_layers)]
+        heads = sum(sizes["kv"] * sizes["query"] for sizes in layers)
+        return 6 * matrices + 12 * heads * self.head_dim * seq_len / 2

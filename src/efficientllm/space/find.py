@@ -1,20 +1,34 @@
 """find_space(model): reads a model's parameters against its family's table."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.space.cost import Polynomial
-from efficientllm.space.dims import KINDS, Bundle, Dim, Role, Slot, Space
+from efficientllm.space.dims import KINDS, Bundle, Dim, Role, Slot, Space, kind_of
 from efficientllm.space.families import FAMILIES, REFUSED, Label
 
 OUTPUT_LAYERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 
 
-def find_space(model: nn.Module) -> Space:
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's sizes as its config says; `prefix` begins the names of its bundles."""
+
+    prefix: str
+    num_kv: int
+    group: int
+    ffn: int
+
+
+def find_space(model: nn.Module, per_layer: bool = False) -> Space:
     """Returns the pruning space of a decoder model, on any device, `meta` included.
+
+    Args:
+        per_layer: whether layers shrink each on its own, and may end with different widths.
 
     Raises:
         UnsupportedModelError: if the family is unknown, a parameter has no row in its table, or an axis has another
@@ -29,68 +43,84 @@ def find_space(model: nn.Module) -> Space:
             "To add a family, see docs/families.md."
         )
     table = FAMILIES[family]
-    num_layers: int = config.num_hidden_layers
-    num_kv: int = config.num_key_value_heads
-    group: int = config.num_attention_heads // num_kv
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    lengths = {
-        "vocab": config.vocab_size,
-        "head_dim": head_dim,
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-        "kv": num_kv * head_dim,
-        "query": num_kv * group * head_dim,
-    }
+    if config.is_heterogeneous and not per_layer:
+        raise UnsupportedModelError(
+            f"{family}: the layers of this model have widths of their own; prune it with --layout per-layer"
+        )
+    own: Any = config.per_layer_config[0]
+    head_dim: int = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    layers = [
+        _Layer(
+            f"layers.{number}." if per_layer else "",
+            each.num_key_value_heads,
+            each.num_attention_heads // each.num_key_value_heads,
+            each.intermediate_size,
+        )
+        for number, each in enumerate(config.per_layer_config)
+    ]
+    lengths = {"vocab": config.vocab_size, "head_dim": head_dim, "hidden": config.hidden_size}
     costs = {
         "vocab": Polynomial.of(config.vocab_size),
         "head_dim": Polynomial.of(head_dim),
         "hidden": Polynomial.of(1, "hidden"),
-        "ffn": Polynomial.of(1, "ffn"),
-        "kv": Polynomial.of(head_dim, "kv"),
-        "query": Polynomial.of(head_dim, "kv", "query"),
     }
+    for layer in layers:
+        ffn, kv, query = (layer.prefix + kind for kind in ("ffn", "kv", "query"))
+        lengths |= {ffn: layer.ffn, kv: layer.num_kv * head_dim, query: layer.num_kv * layer.group * head_dim}
+        costs |= {
+            ffn: Polynomial.of(1, ffn),
+            kv: Polynomial.of(head_dim, kv),
+            query: Polynomial.of(head_dim, kv, query),
+        }
 
     slots: dict[str, list[Slot]] = defaultdict(list)
     axes: dict[str, tuple[tuple[str, ...], ...]] = {}
     num_params = Polynomial({})
     for name, param in model.named_parameters():  # a tied tensor comes once, under its first name
         labels = _labels(name, table, family, tuple(param.shape))
-        axes[name] = tuple((label,) if isinstance(label, str) else label for label in labels)
+        number = _layer_of(name)
+        prefix = layers[number].prefix if number is not None else ""
+        axes[name] = tuple(
+            tuple(each if each in ("vocab", "head_dim", "hidden") else prefix + each for each in parts)
+            for parts in ((label,) if isinstance(label, str) else label for label in labels)
+        )
         cost = Polynomial.of(1)
         for axis, parts in enumerate(axes[name]):
             if sum(lengths[part] for part in parts) != param.shape[axis]:
                 raise UnsupportedModelError(
                     f"{family}: axis {axis} of '{name}' has {param.shape[axis]} entries, its config says "
-                    f"{sum(lengths[part] for part in parts)} ({' + '.join(parts)}). Per-layer widths are not supported."
+                    f"{sum(lengths[part] for part in parts)} ({' + '.join(parts)}); get both from one source"
                 )
             start = 0
             axis_cost = Polynomial({})
             for part in parts:
                 role, output = _role(name, axis, param.ndim)
-                for dim, block, offset in _owners(part, name, num_kv, group, head_dim):
+                for dim, block, offset in _owners(kind_of(part), number, layers, head_dim):
                     slots[dim].append(Slot(name, axis, block, start + offset, role, output))
                 start += lengths[part]
                 axis_cost += costs[part]
             cost *= axis_cost
         num_params += cost
 
-    names: dict[str, list[tuple[str, int | None]]] = {
-        "hidden": [("hidden", None)],
-        "ffn": [(f"layers.{i}.ffn", i) for i in range(num_layers)],
-        "kv": [(f"layers.{i}.kv", i) for i in range(num_layers)],
-        "query": [(f"layers.{i}.query.{g}", i) for i in range(num_layers) for g in range(num_kv)],
-    }
-    sizes = {"hidden": config.hidden_size, "ffn": config.intermediate_size, "kv": num_kv, "query": group}
-    bundles = {
-        kind: Bundle(
-            kind, tuple(Dim(name, kind, layer, sizes[kind], tuple(slots[name])) for name, layer in names[kind])
-        )
-        for kind in KINDS
-    }
+    dims: dict[str, list[Dim]] = defaultdict(list)  # by bundle
+    dims["hidden"] = [Dim("hidden", "hidden", None, config.hidden_size, tuple(slots["hidden"]))]
+    for kind in KINDS[1:]:
+        for number, layer in enumerate(layers):
+            size = {"ffn": layer.ffn, "kv": layer.num_kv, "query": layer.group}[kind]
+            stem = f"layers.{number}.{kind}"
+            names = [f"{stem}.{group}" for group in range(layer.num_kv)] if kind == "query" else [stem]
+            dims[layer.prefix + kind] += [Dim(name, kind, number, size, tuple(slots[name])) for name in names]
+    bundles = {name: Bundle(kind_of(name), tuple(each)) for name, each in dims.items()}
     tied = tuple(
         sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters())))
     )
-    return Space(bundles, num_params, head_dim, num_layers, config.vocab_size, tied, axes, costs)
+    return Space(bundles, num_params, head_dim, len(layers), config.vocab_size, tied, axes, costs)
+
+
+def _layer_of(param: str) -> int | None:
+    """Returns the layer that a parameter stands in, None for those outside."""
+    _, inside, rest = f".{param}".partition(".layers.")
+    return int(rest.partition(".")[0]) if inside else None
 
 
 def _labels(name: str, table: dict[str, tuple[Label, ...]], family: str, shape: tuple[int, ...]) -> tuple[Label, ...]:
@@ -115,16 +145,17 @@ def _role(name: str, axis: int, ndim: int) -> tuple[Role, bool]:
     return "consumer", output
 
 
-def _owners(label: str, param: str, num_kv: int, group: int, head_dim: int) -> list[tuple[str, int, int]]:
-    """Returns (dim, block, offset) of every dim that owns entries of an axis part with this label."""
-    if label in ("vocab", "head_dim"):
+def _owners(kind: str, number: int | None, layers: list[_Layer], head_dim: int) -> list[tuple[str, int, int]]:
+    """Returns (dim, block, offset) of every dim that owns entries of a part of an axis, in layer `number`."""
+    if kind in ("vocab", "head_dim"):
         return []
-    if label == "hidden":
+    if kind == "hidden":
         return [("hidden", 1, 0)]
-    layer = param.split(".layers.")[1].split(".")[0]
-    if label == "ffn":
-        return [(f"layers.{layer}.ffn", 1, 0)]
-    if label == "kv":
-        return [(f"layers.{layer}.kv", head_dim, 0)]
-    queries = [(f"layers.{layer}.query.{g}", head_dim, g * group * head_dim) for g in range(num_kv)]
-    return [(f"layers.{layer}.kv", group * head_dim, 0), *queries]
+    assert number is not None
+    if kind == "ffn":
+        return [(f"layers.{number}.ffn", 1, 0)]
+    if kind == "kv":
+        return [(f"layers.{number}.kv", head_dim, 0)]
+    num_kv, group = layers[number].num_kv, layers[number].group
+    queries = [(f"layers.{number}.query.{g}", head_dim, g * group * head_dim) for g in range(num_kv)]
+    return [(f"layers.{number}.kv", group * head_dim, 0), *queries]

@@ -7,7 +7,7 @@ from typing import Any
 
 from efficientllm.errors import BudgetError
 from efficientllm.numbers import format_count
-from efficientllm.space.dims import KINDS, Measure, Shape, Space
+from efficientllm.space.dims import Measure, Shape, Space, in_layer, kind_of, of_kind, shape_text
 from efficientllm.space.families import HEADS_DIVIDE_HIDDEN
 
 ROUND_ABOVE = 10_000_000  # parameters from which widths are kept at multiples of 64
@@ -21,7 +21,7 @@ class Limits:
     Attributes:
         source: the shape pruning starts from.
         tile: units that must go together before the shape is legal again; 1 lets every size stand.
-        floor: the least legal size; equal to the source where a kind cannot shrink.
+        floor: the least legal size; equal to the source where a bundle cannot shrink.
         notes: why a kind is frozen or has another tile than was asked, by kind.
     """
 
@@ -32,15 +32,15 @@ class Limits:
 
     def close(self, shape: Shape) -> Shape:
         """Returns the shape with every open tile completed: the next legal shape at or below it."""
-        return {kind: self.close_kind(kind, size) for kind, size in shape.items()}
+        return {bundle: self.close_bundle(bundle, size) for bundle, size in shape.items()}
 
-    def close_kind(self, kind: str, size: int) -> int:
-        return size if size == self.source[kind] else size - size % self.tile[kind]
+    def close_bundle(self, bundle: str, size: int) -> int:
+        return size if size == self.source[bundle] else size - size % self.tile[bundle]
 
-    def legal_sizes(self, kind: str, largest: int) -> list[int]:
-        """Returns the legal sizes of a kind from the least to `largest`, itself a legal size."""
-        tile, floor = self.tile[kind], self.floor[kind]
-        if floor == self.source[kind]:
+    def legal_sizes(self, bundle: str, largest: int) -> list[int]:
+        """Returns the legal sizes of a bundle from the least to `largest`, itself a legal size."""
+        tile, floor = self.tile[bundle], self.floor[bundle]
+        if floor == self.source[bundle]:
             return [floor]
         sizes = list(range(floor, largest + 1, tile))
         return sizes if sizes and sizes[-1] == largest else [*sizes, largest]
@@ -59,9 +59,11 @@ def find_limits(
 
     `round_to` is a property of the result: FFN and hidden widths, and the columns of O, stay multiples of it (default 1
     below 10M parameters, 64 above). A kind that cannot be rounded so, or that the family's config would refuse, is
-    frozen. By kind it may differ: for "hidden", "ffn" and "query", which are O's columns.
+    frozen. By kind it may differ: for "hidden", "ffn" and "query", which are O's columns. All of it holds in every
+    layer.
     """
     source = space.shape
+    layers = [in_layer(source, layer) for layer in range(space.num_layers)]
     if round_to is None:
         round_to = 64 if space.num_params(source) >= ROUND_ABOVE else 1
     if isinstance(round_to, int):
@@ -78,33 +80,37 @@ def find_limits(
     }
     notes: dict[str, str] = {}
     frozen: set[str] = set()
-    if source["kv"] * space.head_dim % columns:
+    if any(layer["kv"] * space.head_dim % columns for layer in layers):
         frozen.add("query")
         notes["query"] = f"O's columns would not stay multiples of {columns}"
     if needs_heads_divide_hidden(config):
-        heads = lcm(*(kv * query for kv in range(1, source["kv"] + 1) for query in range(1, source["query"] + 1)))
+        most = {(layer["kv"], layer["query"]) for layer in layers}
+        heads = lcm(*(kv * query for kvs, qs in most for kv in range(1, kvs + 1) for query in range(1, qs + 1)))
         if source["hidden"] % heads == 0:
             tile["hidden"] = lcm(tile["hidden"], heads)
         else:
             frozen |= {"kv", "query"}
-            tile["hidden"] = lcm(tile["hidden"], source["kv"] * source["query"])
+            tile["hidden"] = lcm(tile["hidden"], *(kv * query for kv, query in most))
             notes["kv"] = notes["query"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
         if tile["hidden"] != round_to["hidden"]:
             notes["hidden"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
     floor: Shape = {}
-    for kind in KINDS:
-        size, unit = source[kind], tile[kind]
+    for bundle, size in source.items():
+        kind = kind_of(bundle)
+        unit, most_of_kind = tile[kind], max(of_kind(source, kind).values())
         least = DEFAULT_FLOORS[kind] if asked[kind] is None else asked[kind]
         if least is None or least < 1:
             raise BudgetError(f"--min-{kind} {least}: no layer is ever emptied, so it must be at least 1")
-        if asked[kind] is not None and least > size:
-            raise BudgetError(f"--min-{kind} {least}: the source has only {size}; ask for at most that")
+        if asked[kind] is not None and least > most_of_kind:
+            raise BudgetError(f"--min-{kind} {least}: the source has only {most_of_kind}; ask for at most that")
         least = -(-least // unit) * unit
         if kind in frozen or least >= size:
+            # the default floor is no floor for a model that is as small; for its smaller layers it is
             may_go_lower = kind not in frozen and asked[kind] is None and unit < size and size % unit == 0
+            may_go_lower = may_go_lower and least >= most_of_kind
             least = unit if may_go_lower else size
-        floor[kind] = least
-    return Limits(source, tile, floor, notes)
+        floor[bundle] = least
+    return Limits(source, {bundle: tile[kind_of(bundle)] for bundle in source}, floor, notes)
 
 
 def needs_heads_divide_hidden(config: Any) -> bool:
@@ -137,10 +143,9 @@ def check_target(
             "ask for the source's size or less"
         )
     if target < least:
-        floors = ", ".join(f"{kind} {limits.floor[kind]}" for kind in KINDS)
         embedding = space.vocab_size * limits.floor["hidden"]
         raise BudgetError(
             f"{name} {format_count(target)} ({target:,}) is below the smallest reachable size {least:,} {unit} (the "
-            f"embedding alone holds {embedding:,} parameters; floors: {floors}). Raise {name} or lower --min-hidden, "
-            "--min-ffn, --min-kv or --round-to."
+            f"embedding alone holds {embedding:,} parameters; floors: {shape_text(limits.floor)}). Raise {name} or "
+            "lower --min-hidden, --min-ffn, --min-kv or --round-to."
         )

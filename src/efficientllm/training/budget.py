@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from efficientllm.errors import BudgetError
 from efficientllm.pruning.selection import can_land
-from efficientllm.space.dims import Measure, Space
+from efficientllm.space.dims import Measure, Space, of_kind, shape_text
 from efficientllm.space.limits import Limits, check_target
 from efficientllm.training.config import RunConfig
 
@@ -87,7 +87,7 @@ def open_budget(
     if config.target_bytes < file(limits.source) and not can_land(limits.source, limits, file, config.target_bytes):
         raise BudgetError(
             f"--target-bytes {config.target_bytes:,}: no legal shape lies within one FFN tile under it (tiles "
-            f"{limits.tile}, floors {limits.floor}); ask for another size, or lower a floor"
+            f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); ask for another size, or lower a floor"
         )
     return Budget(file, config.target_bytes, file)
 
@@ -102,7 +102,7 @@ def _blocks(config: RunConfig, space: Space) -> dict[str, int]:
 
 def _odd_cost(file: "FileSize", limits: Limits) -> str:
     """Returns in words what rows of another length than blocks cost, one tile below the source."""
-    smaller = {kind: max(size - limits.tile[kind], limits.floor[kind]) for kind, size in limits.source.items()}
-    smaller |= {kind: limits.source[kind] for kind in ("kv", "query")}
+    smaller = {name: max(size - limits.tile[name], limits.floor[name]) for name, size in limits.source.items()}
+    smaller |= {**of_kind(limits.source, "kv"), **of_kind(limits.source, "query")}
     bits = [8 * file.written(shape) / file.space.num_params(shape) for shape in (limits.source, smaller)]
     return f"rows of other lengths are stored in larger types, {bits[1]:.1f} bits per weight for {bits[0]:.1f}"

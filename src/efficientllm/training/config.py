@@ -50,6 +50,7 @@ class RunConfig:
     compensate: bool = _flag(False, "second-order update of the weights that stay")
     saliency: str = _flag("first", "Taylor order of the saliency", choices=("first", "fisher"))
     score: str = _flag("output", "matrices that are scored", choices=("output", "all"))
+    layout: str = _flag("uniform", "per-layer: layers may end with different widths", choices=("uniform", "per-layer"))
     score_ema: float = _flag(0.0, "moving average of the saliency, 0 to below 1", "X")
     slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
     removals_per_step: float | None = _flag(None, "pace: removals a step", "K")
@@ -207,6 +208,11 @@ def validate(config: RunConfig, complete: bool = True) -> None:
                 raise ConfigError(f"{flag_name(name)} is missing; add {example} or '{name}' in --config")
             if not getattr(config, name):
                 raise ConfigError("MODEL is missing; name a folder or hub id")
+    if config.layout == "per-layer" and config.compile:
+        raise ConfigError(
+            "--compile makes one graph for all layers, and with --layout per-layer each would need its own at every "
+            "compaction; leave one of them out"
+        )
     _check_target(config)
     given = [name for name in PACES if getattr(config, name) is not None]
     if len(given) > 1 or (complete and not given):

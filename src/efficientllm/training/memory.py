@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from math import ceil, isqrt
 from typing import Any
 
-from efficientllm.space.dims import Shape, Space
+from efficientllm.space.dims import Shape, Space, in_layer
 from efficientllm.training.loss import CHUNK
 
 FLOAT32 = 4  # bytes
@@ -102,28 +102,28 @@ def estimate(
     params = space.num_params(shape)
     tokens = micro_batch_size * seq_len
     hidden = shape["hidden"]
-    inputs = in_channels(space, shape)
-    layer = FLOAT32 * 6 * hidden + activation_bytes * (
-        2 * inputs["query"] + 2 * shape["kv"] * space.head_dim + 4 * shape["ffn"]
-    )
+    layers = [in_layer(shape, layer) for layer in range(space.num_layers)]
+    inputs = [in_channels(space, sizes) for sizes in layers]
     mixed = activation_bytes < weight_bytes
-    if mixed:
-        layer += activation_bytes * 2 * hidden  # the norms' results, cast for the products
-    saved = layer * space.num_layers
+    each = [
+        FLOAT32 * 6 * hidden
+        + activation_bytes * (2 * width["query"] + 2 * sizes["kv"] * space.head_dim + 4 * sizes["ffn"])
+        + (activation_bytes * 2 * hidden if mixed else 0)  # the norms' results, cast for the products
+        for sizes, width in zip(layers, inputs, strict=True)
+    ]
+    saved = sum(each)
     if activation_checkpointing:
-        saved = FLOAT32 * hidden * space.num_layers + layer  # what enters each layer, and one layer computed again
+        saved = FLOAT32 * hidden * space.num_layers + max(each)  # what enters each layer, and one layer computed again
     rows = batch_rows or micro_batch_size
     samples = solve = 0
     if compensate:
-        sampled = {kind: min(rows * seq_len, row_cap(width)) * width for kind, width in inputs.items()}
-        # attention and feed-forward each read the stem through a norm of their own
-        samples = activation_bytes * space.num_layers * (2 * sampled["hidden"] + sampled["query"] + sampled["ffn"])
-        solve = FLOAT32 * max(
-            sampled[kind]
-            + 2 * width**2
-            + 3 * width * (max(shape["ffn"], inputs["query"]) if kind == "hidden" else hidden)
-            for kind, width in inputs.items()
-        )
+        for width in inputs:
+            sampled = {kind: min(rows * seq_len, row_cap(size)) * size for kind, size in width.items()}
+            # attention and feed-forward each read the stem through a norm of their own
+            samples += activation_bytes * (2 * sampled["hidden"] + sampled["query"] + sampled["ffn"])
+            widest = {"hidden": max(width["ffn"], width["query"]), "query": hidden, "ffn": hidden}
+            parts = (sampled[kind] + 2 * size**2 + 3 * size * widest[kind] for kind, size in width.items())
+            solve = max(solve, FLOAT32 * max(parts))
     sharded = engine == "fsdp"
     held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
     accumulates = rows > micro_batch_size
@@ -165,7 +165,7 @@ def default_engine(params: int, memory_bytes: float) -> str:
 
 
 def in_channels(space: Space, shape: Shape) -> dict[str, int]:
-    """Returns the in-channels of the products that read each kind of input."""
+    """Returns the in-channels of the products of a layer, of that shape, that read each kind of input."""
     return {
         "hidden": shape["hidden"],
         "query": shape["kv"] * shape["query"] * space.head_dim,

@@ -14,12 +14,13 @@ from efficientllm.pruning.trajectory import (
     Planned,
     as_logged,
     extreme_orders,
+    one_less,
     physical,
     proportional,
     simulate,
     spans,
 )
-from efficientllm.space.dims import KINDS, Shape, Space
+from efficientllm.space.dims import KINDS, Shape, Space, of_kind, shape_text
 from efficientllm.space.limits import Limits
 from efficientllm.training.budget import Budget, params_budget
 from efficientllm.training.config import RunConfig
@@ -84,8 +85,9 @@ def make_plan(
     for target in targets:
         if target < measure(source) and not can_land(source, limits, measure, target):
             raise BudgetError(
-                f"--target-params {target:,}: no legal shape lies within one FFN tile under it (tiles {limits.tile}, "
-                f"floors {limits.floor}); ask for another size, or lower --round-to"
+                f"--target-params {target:,}: no legal shape lies within one FFN tile under it (tiles "
+                f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); ask for another size, or lower "
+                "--round-to"
             )
 
     def run(order: Order) -> list[Planned]:
@@ -130,8 +132,8 @@ def computed(limits: Limits, planned: Sequence[Planned], steps: int) -> list[tup
     lengths: Counter[tuple[int, ...]] = Counter()
     for shape, length in spans(planned, limits.source, steps):
         sizes = physical(shape, limits)
-        lengths[tuple(sizes[kind] for kind in KINDS)] += length
-    return [(dict(zip(KINDS, sizes, strict=True)), length) for sizes, length in lengths.items()]
+        lengths[tuple(sizes.values())] += length
+    return [(dict(zip(limits.source, sizes, strict=True)), length) for sizes, length in lengths.items()]
 
 
 def unrounded(space: Space, limits: Limits, file: "FileSize", params: int, num_bytes: int) -> tuple[int, int]:
@@ -148,10 +150,13 @@ def unrounded(space: Space, limits: Limits, file: "FileSize", params: int, num_b
             found_bytes = file.written(shape)
         if found_params is None and file.written(shape) <= num_bytes:
             found_params = space.num_params(shape)
-        kind = next((each for each in order(shape) if shape[each] > limits.floor[each]), None)
-        if kind is None:
+        able = (
+            [name for name, size in of_kind(shape, kind).items() if size > limits.floor[name]] for kind in order(shape)
+        )
+        bundles = next((names for names in able if names), None)
+        if bundles is None:
             break
-        shape = {**shape, kind: shape[kind] - 1}
+        shape = one_less(shape, bundles)
     return found_bytes or file.written(shape), found_params or 0
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from efficientllm.delivery.load import empty_model, load_config, load_model
+from efficientllm.delivery.load import build_model, empty_model, load_config, load_model
 from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, open_checkpoint
@@ -23,7 +23,7 @@ from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine,
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
-from efficientllm.training.session import Run, shape_text
+from efficientllm.training.session import Run, widths_text
 from efficientllm.training.source import Source, open_source
 
 if TYPE_CHECKING:
@@ -140,11 +140,7 @@ def _initial_model(config: RunConfig, engine: Engine) -> "PreTrainedModel":
         # what FSDP takes its rows from stays mapped from the file: one copy for all ranks of a machine
         dtype = None if engine.name == "fsdp" else torch.float32
         return load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    from transformers import AutoModelForCausalLM
-
-    model_config = load_config(config.model, config.trust_remote_code)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    return model
+    return build_model(load_config(config.model, config.trust_remote_code), torch.float32)
 
 
 def _open_corpus(config: RunConfig, source: Source, folder: Path, display: Display) -> Corpus:
@@ -183,7 +179,7 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
     budget = source.budget
     prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
-    say(f"source {config.model}: {source.family}, {params:,} parameters ({shape_text(source.limits.source)})")
+    say(f"source {config.model}: {source.family}, {params:,} parameters ({widths_text(source.limits.source)})")
     say(
         f"target {budget.text}; {recipe.total_steps} steps of {format_count(config.batch_tokens)} tokens, "
         f"the first {recipe.prune_steps if prunes else 0} of them pruning (warm-up {recipe.warmup_steps})"

@@ -13,6 +13,7 @@ from efficientllm.delivery.card import Facts, model_card
 from efficientllm.delivery.huggingface import save_model
 from efficientllm.errors import TrainingError
 from efficientllm.numbers import format_count
+from efficientllm.space.dims import Shape, widths
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig, flag_name
 from efficientllm.training.corpus import Corpus
@@ -204,7 +205,7 @@ class Run:
         say = self.display.say
         say(
             f"{self.out / 'model'}: {trainer.pruner.num_params:,} parameters of the source's "
-            f"{trainer.pruner.source_params:,} ({shape_text(trainer.pruner.shape)})"
+            f"{trainer.pruner.source_params:,} ({widths_text(trainer.pruner.shape)})"
         )
         if file := self.source.budget.file:
             say(
@@ -230,7 +231,7 @@ class Run:
             data=self.config.data,
             params=pruner.num_params,
             source_params=pruner.source_params,
-            shape=shape_words(pruner.shape),
+            shape=widths(pruner.shape),
             tokens=tokens,
             losses=losses,
             command=command_line(self.config),
@@ -276,14 +277,5 @@ def command_line(config: RunConfig) -> str:
     return " ".join(words)
 
 
-def shape_words(shape: dict[str, int]) -> dict[str, int]:
-    return {
-        "hidden_size": shape["hidden"],
-        "intermediate_size": shape["ffn"],
-        "num_attention_heads": shape["kv"] * shape["query"],
-        "num_key_value_heads": shape["kv"],
-    }
-
-
-def shape_text(shape: dict[str, int]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in shape_words(shape).items())
+def widths_text(shape: Shape) -> str:
+    return ", ".join(f"{key} {value}" for key, value in widths(shape).items())

@@ -42,7 +42,7 @@ def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
     """
     model_config = load_config(config.model, config.trust_remote_code)
     empty = empty_model(model_config, config.model)
-    space = find_space(empty)
+    space = find_space(empty, config.layout == "per-layer")
     limits = find_limits(space, model_config, round_to=rounding(config, space), **floors(config))
     if config.target_bytes is None:
         check_target(space, limits, config.target_params or 0)

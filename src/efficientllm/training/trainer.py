@@ -12,6 +12,7 @@ from transformers import get_wsd_schedule
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
+from efficientllm.space.dims import widths
 from efficientllm.training.budget import Budget
 from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
@@ -83,6 +84,7 @@ class Trainer:
             score=config.score,  # type: ignore[arg-type]
             score_ema=config.score_ema,
             compensate=config.compensate,
+            per_layer=config.layout == "per-layer",
             limits=limits,
             save_at=config.save_at,
             on_landing=on_landing,
@@ -138,7 +140,6 @@ class Trainer:
 
     def row(self, phase: str) -> dict[str, Any]:
         """Returns where the run stands, as a row of metrics without the figures of a step."""
-        shape = self.pruner.shape
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -148,10 +149,7 @@ class Trainer:
             "grad_norm": None,
             "skipped": self.metrics.skipped,
             "params": self.pruner.num_params,
-            "hidden_size": shape["hidden"],
-            "intermediate_size": shape["ffn"],
-            "num_attention_heads": shape["kv"] * shape["query"],
-            "num_key_value_heads": shape["kv"],
+            **widths(self.pruner.shape),
             "tokens_per_second": None,
         }
 

@@ -5,7 +5,7 @@ from statistics import fmean, median, pstdev
 from typing import Any
 
 from efficientllm.pruning.selection import Removal
-from efficientllm.space.dims import Shape
+from efficientllm.space.dims import Shape, of_kind
 from efficientllm.space.limits import Limits
 
 RECENT = 50  # steps that losses and gradient norms are compared with
@@ -55,10 +55,12 @@ class Watch:
             taken = removal.params_before - removal.params_after
             self.removed[removal.kind] = self.removed.get(removal.kind, 0) + taken
         for kind in {removal.kind for removal in removals}:
-            if shape[kind] <= self.limits.floor[kind]:
-                advice = f"lower {FLAG[kind]}, " if kind in FLAG and shape[kind] > 1 else ""
+            sizes = of_kind(shape, kind)
+            if sizes == of_kind(self.limits.floor, kind):  # in every layer
+                least = min(sizes.values())
+                advice = f"lower {FLAG[kind]}, " if kind in FLAG and least > 1 else ""
                 found += self._tell(
-                    f"floor {kind}", f"{kind} is at its floor of {shape[kind]}; {advice}or ask for a larger target"
+                    f"floor {kind}", f"{kind} is at its floor of {least}; {advice}or ask for a larger target"
                 )
         total = sum(self.removed.values())
         for kind, taken in self.removed.items():
