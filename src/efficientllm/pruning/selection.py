@@ -1,7 +1,7 @@
 """Selection: which group goes next, and whether the model can still land on its target (issue 1, "Landing")."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from efficientllm.space.dims import Measure, Shape
 from efficientllm.space.limits import Limits
+
+Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,21 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
 
 
 def choose_kind(
-    queues: Mapping[str, Queue], shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]
+    queues: Mapping[str, Queue],
+    shape: Shape,
+    limits: Limits,
+    measure: Measure,
+    targets: Sequence[int],
+    order: Order | None = None,
 ) -> str | None:
-    """Returns the kind whose next group is least salient among those that may go; ties break by the kind's name."""
-    ranked = sorted((queue.head, kind) for kind, queue in queues.items())
-    for _, kind in ranked:
+    """Returns the kind whose next group is least salient among those that may go; ties break by the kind's name.
+
+    With an order: the first kind in it that may go.
+    """
+    ranked = (
+        order(shape) if order else [kind for _, kind in sorted((queue.head, kind) for kind, queue in queues.items())]
+    )
+    for kind in ranked:
         if may_remove(kind, shape, limits, measure, targets):
             return kind
     return None
