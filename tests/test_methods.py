@@ -486,9 +486,8 @@ def test_a_run_of_another_method_resumes(method: str, data: Path, tmp_path: Path
     assert main(words_of(data, out, method)) == 0
     model, first = check_run(out, method), rows(out / "metrics.jsonl")[0]
     assert first["params"] > numel(model) and first["removed_valid_loss"] > first["valid_loss"]
-    assert {row["kind"] for row in rows(out / "removals.jsonl")} == (
-        {"layer"} if method == "depth" else {"ffn", "hidden", "kv"}
-    )
+    kinds = {row["kind"] for row in rows(out / "removals.jsonl")}
+    assert kinds == ({"layer"} if method == "depth" else {"ffn", "hidden"})  # heads are at a nearer share as they are
     check_resume(out, tmp_path)
 
 
