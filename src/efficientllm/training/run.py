@@ -121,7 +121,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
         seq_len=config.seq_len,
         memory_bytes=free,
         most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
-        compensate=config.compensate,
+        compensate=config.compensate or METHODS[config.method].compensates,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
         activation_bytes=PRECISIONS[engine.precision],
