@@ -18,6 +18,8 @@ from efficientllm.errors import TrainingError
 from efficientllm.pruning import Removal
 from efficientllm.space import find_limits, find_space
 from efficientllm.space.dims import of_kind
+from efficientllm.training.at_once import remove_at_once
+from efficientllm.training.budget import Budget
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.engine import DDP, FSDP
@@ -29,6 +31,7 @@ from families import VOCAB, make_model
 
 ROWS, LENGTH, STEPS, PRUNE, BREAK = 8, 12, 60, 45, 25
 CPU = torch.device("cpu")
+AT_ONCE = ("one-shot", "one-shot-obs", "activation", "magnitude")
 
 
 def make_trainer(
@@ -113,6 +116,18 @@ def whole(engine: Engine, name: str, compensate: bool, **more: Any) -> dict[str,
     return result(trainer, losses, trainer.pruner.removals)
 
 
+def at_once(engine: Engine, name: str, method: str) -> dict[str, Any]:
+    """A run that loses everything before its first step, by scores over eight batches, and trains for a few."""
+    allocation = "uniform" if method == "one-shot-obs" else "global"
+    trainer = make_trainer(
+        engine, name, False, method=method, allocation=allocation, calibration_tokens=8 * ROWS * LENGTH
+    )
+    budget = Budget(trainer.pruner.measure, trainer.pruner.target_params)
+    remove_at_once(trainer, budget, lambda done, batches: None)
+    losses = train(trainer, 6)
+    return result(trainer, losses, trainer.pruner.removals)
+
+
 def moved(before: Engine, after: Engine, name: str, folder: Path, **more: Any) -> dict[str, Any]:
     """A run that begins on one engine, is saved while units wait to be compacted, and ends on another."""
     first = make_trainer(before, name, False, **more)
@@ -152,6 +167,12 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 results[f"{kind} {name} per-layer B"] = compare(alone_per_layer[True], found)
                 found = moved(make_engine(kind), make_engine(kind), name, folder / f"layers-{kind}", **per_layer)
                 results[f"{kind} {name} per-layer A, resumed"] = compare(alone_per_layer[False], found)
+            for method in AT_ONCE:
+                expected_at_once = at_once(Engine(CPU), name, method)
+                for kind in engines:
+                    results[f"{kind} {name} {method}"] = compare(
+                        expected_at_once, at_once(make_engine(kind), name, method)
+                    )
             for kind in engines:
                 # one process is every rank by itself, each with a folder of its own
                 own = folder / f"{kind}-{name}-{meeting.rank}"

@@ -96,6 +96,8 @@ def _plan(given: argparse.Namespace) -> int:
     for name, value in (("MODEL", config.model), ("--target-params", config.target_params or config.target_bytes)):
         if not value:
             raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
+    if config.method != "efficientllm":
+        raise ConfigError(f"--method {config.method}: plan knows the removals of efficientllm alone; leave it out")
     from efficientllm.report.plan import print_plan
 
     return print_plan(config, given.like, cluster)

@@ -14,6 +14,7 @@ class Facts:
 
     Attributes:
         model, data: as the command names them.
+        how: a sentence on what was done to it.
         params, source_params, tokens: parameters of result and source; tokens of training up to here.
         shape: in a config's words; a list, layer by layer, where layers differ.
         losses: validation losses in nats per token, by what they are of ("source", "result").
@@ -22,6 +23,7 @@ class Facts:
 
     model: str
     data: Sequence[str]
+    how: str
     params: int
     source_params: int
     shape: dict[str, int | list[int]]
@@ -69,8 +71,7 @@ def model_card(facts: Facts, source: Path) -> str:
 
 # {name}, {format_count(facts.params)} parameters
 
-Made from `{facts.model}` by pruning-aware pretraining ([EfficientLLM](https://arxiv.org/abs/2502.06663)): while the
-model kept training, it lost one minimal group of parameters at a time, the one whose removal costs the loss least.
+Made from `{facts.model}` {facts.how}
 {state}
 | | |
 |---|---|

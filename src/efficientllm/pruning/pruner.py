@@ -8,7 +8,8 @@ follow right after it (method.md section 7).
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import BudgetError, UnsupportedModelError
 from efficientllm.pruning.activations import InputSampler, compensate_
+from efficientllm.pruning.layerwise import damped_moments, layerwise_scores
 from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.norms import LiveNorms
@@ -26,6 +28,7 @@ from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, s
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
 from efficientllm.pruning.selection import (
+    Order,
     Queue,
     Removal,
     can_land,
@@ -183,6 +186,56 @@ class Pruner:
         """
         self._plan = self._plan_step(self.step + 1)
 
+    @torch.no_grad()
+    def unit_scores(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Scores | None:
+        """Returns the saliency of every unit by the present gradients, on the CPU; None if they are broken.
+
+        Args:
+            gradient: what stands for a parameter's gradient; the parameter itself makes scores of |w·w|, magnitudes.
+        """
+        params = dict(self.model.named_parameters())
+        local = self.layout.local
+        grads = {name: gradient(param) for name, param in params.items()}
+        scores = score_units(
+            self.space,
+            {name: local(param) for name, param in params.items()},
+            {name: None if grad is None else local(grad) for name, grad in grads.items()},
+            saliency=self.saliency,
+            scored=self.scored,
+            retired=self._ledger.retired,
+            fishers={name: local(fisher) for name, fisher in self.fishers.items()} if self.fishers else None,
+            first_rows={name: self.layout.first_row(param) for name, param in params.items()},
+            shapes={name: param.shape for name, param in params.items()},
+            add_up=self.layout.sum_shards,
+        )
+        scores = {bundle: score.cpu() for bundle, score in scores.items()}  # choosing is the host's business
+        broken = all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired)
+        return None if broken else scores
+
+    def layerwise_scores(self, moments: Callable[[str], Tensor] | None = None) -> Scores:
+        """Returns every unit's share of its consumers' outputs, from `moments` of their inputs, by first reader.
+
+        Without moments: after the update of variant B, from the inputs that it keeps since the last removal.
+        """
+        sampler = self._sampler
+        if moments is None:
+            assert sampler is not None
+            sampler.collect()
+            moments = partial(damped_moments, sampler, layout=self.layout)
+        return layerwise_scores(self.model, self.space, self._ledger.retired, self.layout, moments)
+
+    def remove(self, scores: Scores, step: int, order: Order | None = None) -> None:
+        """Removes, between the optimizer's steps, what the pace would have gone by its step `step`.
+
+        Args:
+            scores: of every unit, by kind: (dims, units), infinity for those that are retired.
+            order: which kinds go first at a shape; by default the one whose next group is least salient.
+        """
+        plan = self._choose(step, scores, order)
+        self._execute(replace(plan, removals=[replace(removal, step=self.step) for removal in plan.removals]))
+        self.forget_inputs()
+        self._rest_if_done()
+
     def forget_inputs(self) -> None:
         """Drops the layer inputs kept since the last step: the pass that they come from is done again."""
         if self._sampler:
@@ -235,35 +288,20 @@ class Pruner:
         due = self.is_due(step)
         if self.done or not (due or self.score_ema):
             return nothing
-        params = dict(self.model.named_parameters())
-        local = self.layout.local
-        grads = {name: None if param.grad is None else local(param.grad) for name, param in params.items()}
-        scores = score_units(
-            self.space,
-            {name: local(param) for name, param in params.items()},
-            grads,
-            saliency=self.saliency,
-            scored=self.scored,
-            retired=self._ledger.retired,
-            fishers={name: local(fisher) for name, fisher in self.fishers.items()} if self.fishers else None,
-            first_rows={name: self.layout.first_row(param) for name, param in params.items()},
-            shapes={name: param.shape for name, param in params.items()},
-            add_up=self.layout.sum_shards,
-        )
-        scores = {bundle: score.cpu() for bundle, score in scores.items()}  # choosing is the host's business
-        if all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired):
+        scores = self.unit_scores()
+        if scores is None:
             return nothing
         if self.score_ema:
             self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
         return self._choose(step, scores) if due else nothing
 
-    def _choose(self, step: int, scores: Scores) -> Plan:
+    def _choose(self, step: int, scores: Scores, order: Order | None = None) -> Plan:
         queues = {bundle: queue_groups(score, self._ledger.counted(bundle, {})) for bundle, score in scores.items()}
         shape, num_params, next_step = self.shape, self.space.num_params, self.next_step
         removals: list[Removal] = []
         units: dict[str, list[int]] = {}
         while self._is_due(step, next_step, self.measure(shape)):
-            bundle = choose_kind(queues, shape, self.limits, self.measure, self.targets)
+            bundle = choose_kind(queues, shape, self.limits, self.measure, self.targets, order)
             if bundle is None:
                 raise BudgetError(
                     f"no group can be removed from {shape_text(shape)} on the way to a target of {self.targets[0]:,}"

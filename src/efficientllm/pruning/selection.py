@@ -4,7 +4,7 @@ In the per-layer layout every layer has bundles of its own; they compete with ea
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from efficientllm.space.dims import Measure, Shape, kind_of, of_kind
 from efficientllm.space.limits import Limits
+
+Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,21 @@ def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue
 
 
 def choose_kind(
-    queues: Mapping[str, Queue], shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]
+    queues: Mapping[str, Queue],
+    shape: Shape,
+    limits: Limits,
+    measure: Measure,
+    targets: Sequence[int],
+    order: Order | None = None,
 ) -> str | None:
     """Returns the bundle whose next group is least salient among those that may go; ties break by name.
 
-    Bundles are kinds, or in the per-layer layout each layer's.
+    Bundles are kinds, or in the per-layer layout each layer's. With an order: the first bundle in it that may go.
     """
-    ranked = sorted((queue.head, bundle) for bundle, queue in queues.items())
-    for _, bundle in ranked:
+    ranked = (
+        order(shape) if order else [name for _, name in sorted((queue.head, name) for name, queue in queues.items())]
+    )
+    for bundle in ranked:
         if may_remove(bundle, shape, limits, measure, targets):
             return bundle
     return None

@@ -1,17 +1,15 @@
 """Trajectory: the removals of a run before it starts, by the rules of the run itself, for an assumed order of kinds."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, permutations
 from math import floor
 from typing import NamedTuple
 
 from efficientllm.errors import BudgetError
 from efficientllm.pruning.schedule import Pace
-from efficientllm.pruning.selection import is_landed, may_become, may_remove, o_columns
+from efficientllm.pruning.selection import Order, is_landed, may_become, may_remove, o_columns
 from efficientllm.space.dims import KINDS, Measure, Shape, of_kind, shape_text
 from efficientllm.space.limits import Limits
-
-Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
 
 class Planned(NamedTuple):
@@ -90,6 +88,29 @@ def proportional(limits: Limits) -> Order:
     """Returns the order in which all kinds keep about the same share of their units; ties break by name."""
     source = {kind: sum(of_kind(limits.source, kind).values()) for kind in KINDS}
     return lambda shape: sorted(KINDS, key=lambda kind: (-sum(of_kind(shape, kind).values()) / source[kind], kind))
+
+
+def even(limits: Limits) -> Order:
+    """Returns the order in which hidden size, FFN width and heads lose the same share, each to the nearest unit.
+
+    KV groups and query heads are one kind here, heads: a group that takes its query heads along, or one query head of
+    every group, whichever leaves the heads nearer; of two that do as well, the group.
+    """
+    source = limits.source
+
+    def share(kind: str, shape: Shape) -> float:
+        """What is left of a kind when half of its next unit is gone."""
+        after = {**shape, kind: shape[kind] - 0.5}
+        if kind in ("kv", "query"):
+            return after["kv"] * after["query"] / (source["kv"] * source["query"])
+        return after[kind] / source[kind]
+
+    return lambda shape: sorted(KINDS, key=lambda kind: (-share(kind, shape), kind))
+
+
+def toward(goal: Shape) -> Order:
+    """Returns the order of the kinds that are above a goal, and no others."""
+    return lambda shape: [kind for kind in KINDS if shape[kind] > goal[kind]]
 
 
 def as_logged(kinds: Sequence[str], limits: Limits) -> Order:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from efficientllm.errors import BudgetError
 from efficientllm.pruning.selection import can_land
-from efficientllm.space.dims import Measure, Space, of_kind, shape_text
+from efficientllm.space.dims import Measure, Shape, Space, of_kind, shape_text
 from efficientllm.space.limits import Limits, check_target
 from efficientllm.training.config import RunConfig
 
@@ -26,12 +26,14 @@ class Budget:
         target: the largest size that the result may have.
         file: the bytes of a shape's file of `--for`; None without it.
         remarks: what a person should know before the run starts.
+        goal: the shape that the result must have, where its size alone does not say it.
     """
 
     measure: Measure
     target: int
     file: "FileSize | None" = None
     remarks: tuple[str, ...] = ()
+    goal: Shape | None = None
 
     @property
     def text(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import parse_bytes, parse_count
+from efficientllm.training.methods import METHODS, check_method
 
 AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are without a value
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
@@ -47,6 +48,12 @@ class RunConfig:
     lr: float | None = _flag(None, "peak learning rate (default: by the source's size)", "X")
     seed: int = _flag(0, "seed of data order and initial weights")
     init: str = _flag("pretrained", "weights to start from", choices=("pretrained", "scratch"))
+    method: str = _flag("efficientllm", "how the model becomes small (docs/methods.md)", choices=tuple(METHODS))
+    allocation: str | None = _flag(
+        None, "what goes at once: the same ratio of every kind (default), or by saliency", choices=("uniform", "global")
+    )
+    shape_of: str | None = _flag(None, "run or model folder whose shape the result gets", "RUN")
+    calibration_tokens: int = _flag(2**17, "tokens looked at before anything goes at once")
     compensate: bool = _flag(False, "second-order update of the weights that stay")
     saliency: str = _flag("first", "Taylor order of the saliency", choices=("first", "fisher"))
     score: str = _flag("output", "matrices that are scored", choices=("output", "all"))
@@ -199,9 +206,10 @@ def validate(config: RunConfig, complete: bool = True) -> None:
         ConfigError: a value or combination that no run can have.
     """
     _check_values(config)
+    check_method(config)
     if complete:
         for name in ("model", "data", "target_params", "tokens", "out"):
-            if name == "target_params" and config.target_bytes is not None:
+            if name == "target_params" and (config.target_bytes is not None or config.shape_of is not None):
                 continue
             if not getattr(config, name) and name != "model":
                 example = f"{flag_name(name)} {FIELDS[name].metadata['metavar']}"
@@ -215,7 +223,7 @@ def validate(config: RunConfig, complete: bool = True) -> None:
         )
     _check_target(config)
     given = [name for name in PACES if getattr(config, name) is not None]
-    if len(given) > 1 or (complete and not given):
+    if len(given) > 1 or (complete and not given and METHODS[config.method].when == "gradual"):
         found = " and ".join(flag_name(name) for name in given) or "none of them"
         raise ConfigError(
             f"exactly one of --prune-tokens, --slot-steps, --removals-per-step sets the pace, found {found}; give one"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efficientllm.errors import BudgetError, ConfigError
-from efficientllm.pruning.selection import can_land, is_landed
+from efficientllm.pruning.selection import Order, can_land, is_landed
 from efficientllm.pruning.trajectory import (
-    Order,
     Planned,
     as_logged,
     extreme_orders,

@@ -50,6 +50,14 @@ class Display:
     def warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", style="yellow", markup=False)
 
+    def calibrating(self, done: int, batches: int) -> None:
+        """Shows how much is looked at before anything goes."""
+        self._progress.update(self._task, phase=f"calibrating {done}/{batches}")
+        now = time.monotonic()
+        if done == batches or now - self._last > PLAIN_SECONDS:
+            self._last = now
+            self.say(f"calibrated on {done} of {batches} batches")
+
     def show(self, row: Mapping[str, Any]) -> None:
         """Shows one row; validation losses also stay on the screen."""
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"

@@ -11,6 +11,7 @@ from efficientllm.space.dims import Space
 from efficientllm.space.limits import Limits
 from efficientllm.training.budget import Budget, params_budget
 from efficientllm.training.config import RunConfig
+from efficientllm.training.methods import METHODS
 
 LEARNING_RATES = ((1_000_000, 3e-3), (50_000_000, 1e-3), (500_000_000, 5e-4))  # below so many parameters
 LARGE_LEARNING_RATE = 3e-4
@@ -51,20 +52,31 @@ class Recipe:
         return self.total_steps - self.decay_steps
 
 
-def make_recipe(config: RunConfig, space: Space, limits: Limits, budget: Budget | None = None) -> Recipe:
+def make_recipe(
+    config: RunConfig, space: Space, limits: Limits, budget: Budget | None = None, source_params: int | None = None
+) -> Recipe:
     """Returns the derived numbers of a run; without a budget it is `--target-params`.
+
+    Args:
+        source_params: of the model that is named, where training begins with another one of `space`.
 
     Raises:
         ConfigError: if the slots of the pace need more steps than `--tokens` gives.
     """
-    params = space.num_params(limits.source)
+    params = source_params or space.num_params(limits.source)
     budget = budget or params_budget(config, space, limits)
     tokens = config.tokens or config.prune_tokens or 0
     total_steps = ceil(tokens / config.batch_tokens)
-    if config.prune_tokens is not None:
+    method = METHODS[config.method]
+    pace: Pace
+    if method.when != "gradual":
+        # the learning rate rises as in the run that this one is compared with
+        warmup_steps = warm_up(ceil((config.prune_tokens or tokens) / config.batch_tokens))
+        prune_steps, pace = 0, LinearPace(method.rounds)
+    elif config.prune_tokens is not None:
         prune_steps = ceil(config.prune_tokens / config.batch_tokens)
         warmup_steps = warm_up(prune_steps)
-        pace: Pace = LinearPace(prune_steps, warmup_steps)
+        pace = LinearPace(prune_steps, warmup_steps)
     else:
         equal = config.removals_per_step is not None
         slot_steps = 1 / config.removals_per_step if config.removals_per_step is not None else config.slot_steps or 1.0

@@ -20,11 +20,14 @@ from efficientllm.training.folder import check_new, continued, new_folder, store
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
 from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch
+from efficientllm.training.methods import METHODS
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
-from efficientllm.training.session import Run, widths_text
+from efficientllm.training.session import Run
+from efficientllm.training.shapes import start_config
 from efficientllm.training.source import Source, open_source
+from efficientllm.training.words import widths_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +79,9 @@ def _resume(config: RunConfig, out: Path) -> int:
     source = open_source(config)
     engine, recipe, config = _decide(config, source)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
-    at_most = make_recipe(stored, source.space, source.limits, source.budget).decay_start if more else None
+    at_most = (
+        make_recipe(stored, source.space, source.limits, source.budget, source.num_params).decay_start if more else None
+    )
     checkpoint = _agreed_checkpoint(out / "checkpoints", at_most, display, engine)
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
@@ -107,7 +112,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
-    recipe = make_recipe(config, source.space, source.limits, source.budget)
+    recipe = make_recipe(config, source.space, source.limits, source.budget, source.num_params)
     rows = rank_rows(config, engine.num_ranks)
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         source.space,
@@ -116,7 +121,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
         seq_len=config.seq_len,
         memory_bytes=free,
         most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
-        compensate=config.compensate,
+        compensate=config.compensate or METHODS[config.method].compensates,
         fisher=config.saliency == "fisher",
         activation_checkpointing=config.activation_checkpointing,
         activation_bytes=PRECISIONS[engine.precision],
@@ -136,11 +141,12 @@ def _agreed_checkpoint(folder: Path, at_most: int | None, display: Display, engi
 
 def _initial_model(config: RunConfig, engine: Engine) -> "PreTrainedModel":
     torch.manual_seed(config.seed)
-    if config.init == "pretrained":
+    if config.init == "pretrained" and config.method != "scratch":
         # what FSDP takes its rows from stays mapped from the file: one copy for all ranks of a machine
         dtype = None if engine.name == "fsdp" else torch.float32
         return load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    return build_model(load_config(config.model, config.trust_remote_code), torch.float32)
+    fresh = start_config(config) if config.method == "scratch" else load_config(config.model, config.trust_remote_code)
+    return build_model(fresh, torch.float32)
 
 
 def _open_corpus(config: RunConfig, source: Source, folder: Path, display: Display) -> Corpus:
@@ -179,7 +185,11 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
     budget = source.budget
     prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
-    say(f"source {config.model}: {source.family}, {params:,} parameters ({widths_text(source.limits.source)})")
+    method, shape = METHODS[config.method], widths_text(source.limits.source)
+    begins = f" (begins with {params:,} parameters: {shape})" if method.when == "begun" else ""
+    say(f"source {config.model}: {source.family}, {source.num_params:,} parameters" + ("" if begins else f" ({shape})"))
+    if config.method != "efficientllm":
+        say(f"method {config.method}, which {method.does}{begins}")
     say(
         f"target {budget.text}; {recipe.total_steps} steps of {format_count(config.batch_tokens)} tokens, "
         f"the first {recipe.prune_steps if prunes else 0} of them pruning (warm-up {recipe.warmup_steps})"

@@ -1,7 +1,9 @@
 """A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -13,20 +15,26 @@ from efficientllm.delivery.card import Facts, model_card
 from efficientllm.delivery.huggingface import save_model
 from efficientllm.errors import TrainingError
 from efficientllm.numbers import format_count
-from efficientllm.space.dims import Shape, widths
+from efficientllm.pruning import Removal
+from efficientllm.space.dims import widths
+from efficientllm.training.at_once import num_batches, remove_at_once
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
-from efficientllm.training.config import FIELDS, RunConfig, flag_name
+from efficientllm.training.config import FIELDS, RunConfig
 from efficientllm.training.corpus import Corpus
+from efficientllm.training.depth import remove_layers_
 from efficientllm.training.device import is_out_of_memory
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture, on_device
 from efficientllm.training.interruption import Interruption
 from efficientllm.training.logs import ExternalLog, JsonLines, read_rows
+from efficientllm.training.loss import chunked_loss_
+from efficientllm.training.methods import METHODS, card_words
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe
 from efficientllm.training.source import Source
 from efficientllm.training.trainer import Trainer
+from efficientllm.training.words import command_line, widths_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +67,16 @@ class Run:
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
         self.saved_step = -1
+        self.first_row: dict[str, Any] = {}  # what is known of the source when another model begins to train
+        self.layer_removals: list[Removal] = []
         self.settle_steps = 1 if engine.device.type == "cpu" else SETTLE_STEPS
 
     def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
         """Trains to the end, or until a signal comes; returns the exit code."""
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.recipe.decay_start)
         try:
+            if checkpoint is None and self.config.method == "depth":
+                self._remove_layers(model)
             self.trainer = Trainer(
                 model, self.config, self.recipe, self.source.limits, self.engine, self._landed, self.source.budget
             )
@@ -72,7 +84,7 @@ class Run:
                 self.trainer.restore(checkpoint)
             begun = self.trainer.step if checkpoint else -1
             rows = [row for row in read_rows(self.out / "metrics.jsonl") if row["step"] <= begun]
-            self.valid_losses = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
+            self.valid_losses |= {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
             self.engine.wait()  # every rank has read
             self.metrics.cut_back(begun)
             self.removals.cut_back(begun)
@@ -110,7 +122,7 @@ class Run:
         """Trains until the run is done; returns 0, or the number of the signal that stopped it before."""
         trainer, recipe, config = self.trainer, self.recipe, self.config
         if trainer.step == 0:
-            self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
+            self._log(self._begun())
         saved = time.monotonic()
         signal = 0
         trainer.metrics.begin_timing()
@@ -118,8 +130,7 @@ class Run:
             phase, removed = trainer.phase, len(trainer.pruner.removals)
             trainer.train_step()
             step, removals = trainer.step, trainer.pruner.removals[removed:]
-            for removal in removals:
-                self.removals.append({**removal.as_row(), "tokens": trainer.tokens})
+            self._log_removals(removals)
             validates = trainer.phase != phase or trainer.done or _divides(config.eval_every, step)
             saves = trainer.done or step == recipe.decay_start or _divides(config.checkpoint_every, step)
             # a signal or the clock may reach one rank before another: what counts is what they agree on
@@ -139,22 +150,59 @@ class Run:
             trainer.metrics.begin_timing()
         return signal
 
+    def _begun(self) -> dict[str, Any]:
+        """Returns the row of step 0, the source's, when all has gone that goes before the first step."""
+        trainer, removals = self.trainer, self.layer_removals
+        row = {**trainer.row(trainer.phase), "epoch": 0.0}
+        row = row | self.first_row if self.first_row else self._validated(row)
+        if METHODS[self.config.method].when == "at once":
+            trainer.feed = self._feed(0)
+            remove_at_once(trainer, self.source.budget, self.display.calibrating)
+            trainer.feed = self._feed(0)
+            removals = trainer.pruner.removals
+        if removals:
+            self._log_removals(removals)
+            self.display.say(f"removed before the first step: {trainer.pruner.num_params:,} parameters are left")
+            if self.valid_rows:
+                row["removed_valid_loss"] = self._valid_loss()
+        return row
+
+    def _remove_layers(self, model: "PreTrainedModel") -> None:
+        """Takes layers out of a source that has been read and not begun to train; validates it before."""
+        rows, engine, config = self.config.micro_batch_size or 1, self.engine, self.config
+        chunked_loss_(model)
+        whole = engine.wrap(model)
+        self.first_row["params"] = self.source.num_params
+        if self.valid_rows:
+            self.valid_losses[0] = validation_loss(whole, self.valid_rows, rows, engine)
+            self.first_row["valid_loss"] = self.valid_losses[0]
+        calibration = list(islice(self._feed(0), num_batches(config)))
+        left = self.source.space.num_layers
+        self.layer_removals = remove_layers_(model, whole, calibration, left, rows, engine)
+
+    def _log_removals(self, removals: Sequence[Removal]) -> None:
+        for removal in removals:
+            self.removals.append({**removal.as_row(), "tokens": self.trainer.tokens})
+
+    def _feed(self, step: int) -> Iterator[torch.Tensor]:
+        """Returns this rank's parts of the batches after a step."""
+        own, engine = self.corpus.valid is not None, self.engine
+        rows = mixture(self.corpus.parts, seq_len=self.config.seq_len, seed=self.config.seed, include_valid=own)
+        start = step * self.recipe.batch_rows
+        return on_device(batches(rows, start, self.recipe.batch_rows, engine.rank, engine.num_ranks), engine.device)
+
     def _begin_feed(self) -> None:
         parts = self.corpus.parts
         weights = [weight for _, weight in parts]
         folders = [folder for folder, _ in parts]
         own = self.corpus.valid is not None
-        rows = mixture(parts, seq_len=self.config.seq_len, seed=self.config.seed, include_valid=own)
         each = epochs(folders, weights, self.config.seq_len, 1, include_valid=own)
         self.epochs_per_row = max(each.values())
         total = self.recipe.total_steps * self.recipe.batch_rows
         for spec, per_row in each.items():
             if self.trainer.step == 0 and per_row * total > 1:
                 self.display.warn(f"data {spec} runs out: it is seen {per_row * total:.1f} times, each in a new order")
-        start = self.trainer.step * self.recipe.batch_rows
-        engine = self.engine
-        mine = batches(rows, start, self.recipe.batch_rows, engine.rank, engine.num_ranks)
-        self.trainer.feed = on_device(mine, engine.device)
+        self.trainer.feed = self._feed(self.trainer.step)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row with the validation loss, if anything is held out."""
@@ -200,12 +248,13 @@ class Run:
         trainer = self.trainer
         trainer.pruner.close()
         steps = sorted(self.valid_losses)
-        losses = {"source": self.valid_losses[0], "result": self.valid_losses[steps[-1]]} if len(steps) > 1 else {}
+        begun = "fresh weights" if self.config.method == "scratch" else "source"
+        losses = {begun: self.valid_losses[0], "result": self.valid_losses[steps[-1]]} if len(steps) > 1 else {}
         self._save(self.out / "model", trainer.tokens, losses, annealed=True)
         say = self.display.say
         say(
             f"{self.out / 'model'}: {trainer.pruner.num_params:,} parameters of the source's "
-            f"{trainer.pruner.source_params:,} ({widths_text(trainer.pruner.shape)})"
+            f"{self.source.num_params:,} ({widths_text(trainer.pruner.shape)})"
         )
         if file := self.source.budget.file:
             say(
@@ -216,7 +265,7 @@ class Run:
             after = {step: self.valid_losses[step] for step in steps if step > 0}
             best = min(after, key=lambda step: after[step])
             say(
-                f"validation loss: source {losses['source']:.4f}, last {losses['result']:.4f} (step {steps[-1]}), "
+                f"validation loss: {begun} {losses[begun]:.4f}, last {losses['result']:.4f} (step {steps[-1]}), "
                 f"best {after[best]:.4f} (step {best})"
             )
         if self.engine.compiles:
@@ -230,7 +279,8 @@ class Run:
             model=self.config.model,
             data=self.config.data,
             params=pruner.num_params,
-            source_params=pruner.source_params,
+            source_params=self.source.num_params,
+            how=card_words(self.config.method),
             shape=widths(pruner.shape),
             tokens=tokens,
             losses=losses,
@@ -263,19 +313,3 @@ class Run:
 
 def _divides(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def command_line(config: RunConfig) -> str:
-    """Returns the command that makes the same run."""
-    words = ["efficientllm", "prune", quote(config.model)]
-    for name, each in FIELDS.items():
-        value = getattr(config, name)
-        if name == "model" or value is None or value == each.default:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            words += [flag_name(name)] if item is True else [flag_name(name), quote(str(item))]
-    return " ".join(words)
-
-
-def widths_text(shape: Shape) -> str:
-    return ", ".join(f"{key} {value}" for key, value in widths(shape).items())

@@ -1,6 +1,6 @@
 """What is known of the source model before its weights are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.limits import check_target
 from efficientllm.training.budget import Budget, open_budget, rounding
 from efficientllm.training.config import RunConfig
+from efficientllm.training.methods import METHODS
+from efficientllm.training.shapes import goal_shape, start_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +23,15 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of the source model without its weights."""
+    """What is known of the source model without its weights.
+
+    Attributes:
+        num_params: of the model that is named.
+        space, limits: of the model that training begins with, which for two methods is a smaller one.
+    """
 
     path: Path
+    num_params: int
     space: Space
     limits: Limits
     budget: Budget
@@ -33,18 +41,18 @@ class Source:
 
 
 def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
-    """Returns the source on the meta device, its space and limits, with targets in parameters checked.
+    """Returns the model that training begins with on the meta device, its space and limits; targets are checked.
 
     Needs nothing but config.json.
 
     Raises:
         UnsupportedModelError, BudgetError: as `load_config`, `find_space`, `find_limits` and `check_target`.
     """
-    model_config = load_config(config.model, config.trust_remote_code)
+    model_config = start_config(config)
     empty = empty_model(model_config, config.model)
     space = find_space(empty, config.layout == "per-layer")
     limits = find_limits(space, model_config, round_to=rounding(config, space), **floors(config))
-    if config.target_bytes is None:
+    if config.target_bytes is None and config.shape_of is None and config.method != "depth":
         check_target(space, limits, config.target_params or 0)
     for size in config.save_at:
         check_target(space, limits, size, "--save-at")
@@ -70,7 +78,15 @@ def open_source(config: RunConfig) -> Source:
     empty, space, limits = open_space(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     budget = open_budget(config, empty, space, limits, tokenizer)
+    num_params = space.num_params(limits.source)
+    if METHODS[config.method].when == "begun":
+        budget = replace(budget, target=num_params)
+        empty_source = empty_model(load_config(config.model, config.trust_remote_code), config.model)
+        num_params = sum(param.numel() for param in empty_source.parameters())
+    elif config.shape_of is not None:
+        goal = goal_shape(config, space, limits)
+        budget = replace(budget, target=space.num_params(goal), goal=goal)
     stored = getattr(empty.config, "dtype", None)
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
-    path = find_model(config.model, weights=config.init == "pretrained")
-    return Source(path, space, limits, budget, dtype, empty.config.model_type, tokenizer)
+    path = find_model(config.model, weights=config.init == "pretrained" and config.method != "scratch")
+    return Source(path, num_params, space, limits, budget, dtype, empty.config.model_type, tokenizer)

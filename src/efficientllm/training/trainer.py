@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from efficientllm.training.device import is_out_of_memory
 from efficientllm.training.fisher import Fisher
 from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
 from efficientllm.training.memory import divisors
+from efficientllm.training.methods import METHODS
 from efficientllm.training.metrics import Metrics
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 BETAS, EPS = (0.9, 0.95), 1e-8
 CLIP = 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NEVER = 2**62  # units that would have to wait for a compaction
 
 
 class Trainer:
@@ -73,6 +76,7 @@ class Trainer:
             decay_type="linear",
         ).lr_lambdas[0]
         target = budget.target if budget else config.target_params
+        method = METHODS[config.method]
         assert target is not None
         self.pruner = Pruner(
             model,
@@ -83,12 +87,12 @@ class Trainer:
             saliency=config.saliency,  # type: ignore[arg-type]
             score=config.score,  # type: ignore[arg-type]
             score_ema=config.score_ema,
-            compensate=config.compensate,
+            compensate=config.compensate or method.compensates,
             per_layer=config.layout == "per-layer",
             limits=limits,
             save_at=config.save_at,
             on_landing=on_landing,
-            compaction_tile=engine.compaction_tile,
+            compaction_tile=engine.compaction_tile if method.compacts else NEVER,
             layout=engine,
         )
         params, size = self.pruner.source_params, self.pruner.source_size
@@ -133,6 +137,13 @@ class Trainer:
         row = {**self.row(phase), "lr": lr, "warnings": self._notes}
         self._notes = []
         self.metrics.add(row, loss, norm, self.pruner.removals[before:], self.pruner.shape)
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Holds the gradient of the next batch in the model meanwhile, and takes no step by it."""
+        _, self.pruner.fishers = self._backward(self.step + 1)
+        yield
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def phase(self) -> str:

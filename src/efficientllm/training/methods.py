@@ -1,0 +1,114 @@
+"""The methods of `prune`: EfficientLLM, and the ways that it is compared with (docs/methods.md). Imports no torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from efficientllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from efficientllm.training.config import RunConfig
+
+OBS_ROUNDS = 16  # blocks of removals, each with inputs of its own: 8,192 of the default calibration tokens
+WIDTHS = ("round_to", "min_ffn", "min_hidden", "min_kv")
+SIZE = ("target_params", "target_bytes", "prune_tokens", *WIDTHS)
+GRADUAL = (
+    *SIZE,
+    "slot_steps",
+    "removals_per_step",
+    "saliency",
+    "score",
+    "score_ema",
+    "compensate",
+    "layout",
+    "save_at",
+)
+AT_ONCE = (*SIZE, "allocation", "shape_of")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method removes.
+
+    Attributes:
+        when: "gradual", while it trains; "at once", before the first step; "begun" small, with nothing to remove.
+        does: what a run does, after "which" or "by".
+        takes: the flags, by field, that mean something to it, of those that do not mean something to all.
+        rounds: times that units are scored and removed before the first step.
+        compensates: whether the weights that stay are always updated.
+        compacts: whether retired units go before the target is reached.
+    """
+
+    when: Literal["gradual", "at once", "begun"]
+    does: str
+    takes: tuple[str, ...]
+    rounds: int = 1
+    compensates: bool = False
+    compacts: bool = True
+
+
+METHODS = {
+    "efficientllm": Method("gradual", "removes the least salient minimal group of parameters while it trains", GRADUAL),
+    "mask-only": Method(
+        "gradual",
+        "removes as efficientllm does and computes the source's shapes until the target",
+        GRADUAL,
+        compacts=False,
+    ),
+    "one-shot": Method(
+        "at once",
+        "removes everything before the first step, by first-order saliency over calibration batches",
+        (*AT_ONCE, "calibration_tokens", "saliency", "score", "compensate"),
+    ),
+    "one-shot-obs": Method(
+        "at once",
+        "removes everything before the first step, by structured OBS with updates of the weights that stay",
+        (*AT_ONCE, "calibration_tokens"),
+        rounds=OBS_ROUNDS,
+        compensates=True,
+    ),
+    "magnitude": Method(
+        "at once", "removes everything before the first step, by the mean square of weights", (*AT_ONCE, "score")
+    ),
+    "activation": Method(
+        "at once",
+        "removes everything before the first step, by the fluctuation of inputs times the weights that read them",
+        (*AT_ONCE, "calibration_tokens"),
+    ),
+    "random": Method("at once", "removes random units before the first step", AT_ONCE),
+    "scratch": Method("begun", "trains fresh weights of another run's shape", ("shape_of", "layout")),
+    "depth": Method(
+        "begun",
+        "removes whole layers of least block influence before the first step",
+        ("target_params", "prune_tokens", "calibration_tokens"),
+    ),
+}
+LIMITED = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.takes))  # flags that not all take
+
+
+def check_method(config: "RunConfig") -> None:
+    """Raises ConfigError if a flag means nothing to the method, or contradicts another one."""
+    from efficientllm.training.config import FIELDS, flag_name
+
+    method = METHODS[config.method]
+    for name in LIMITED:
+        value = getattr(config, name)
+        if value != FIELDS[name].default and name not in method.takes:
+            raise ConfigError(
+                f"{flag_name(name)} means nothing to --method {config.method}, which {method.does}; leave it out"
+            )
+    if config.method == "scratch" and config.shape_of is None:
+        raise ConfigError("--method scratch needs --shape-of, a run (or a folder with config.json) that has the shape")
+    for name in ("target_params", "target_bytes", "allocation"):
+        if config.shape_of is not None and getattr(config, name) is not None:
+            raise ConfigError(f"--shape-of sets every size of the result, so {flag_name(name)} cannot; leave one out")
+
+
+def card_words(name: str) -> str:
+    """Returns a model card's words for a method, after "Made from MODEL"."""
+    if name == "efficientllm":
+        return (
+            "by pruning-aware pretraining ([EfficientLLM](https://arxiv.org/abs/2502.06663)): while the\n"
+            "model kept training, it lost one minimal group of parameters at a time, the one whose removal costs the "
+            "loss least."
+        )
+    return f"to compare with pruning-aware pretraining, by the method `{name}`, which {METHODS[name].does}."
