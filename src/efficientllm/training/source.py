@@ -12,6 +12,7 @@ from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.limits import check_target
 from efficientllm.training.budget import Budget, open_budget, rounding
 from efficientllm.training.config import RunConfig
+from efficientllm.training.teacher import open_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Source:
     dtype: torch.dtype
     family: str
     tokenizer: "PreTrainedTokenizerBase"
+    teacher: Space | None  # of `--distill`
 
 
 def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
@@ -62,15 +64,17 @@ def floors(config: RunConfig) -> dict[str, int | None]:
 
 
 def open_source(config: RunConfig) -> Source:
-    """Returns what `open_space` does with budget, tokenizer and the result's dtype; reads no weights.
+    """Returns what `open_space` does with budget, tokenizer, the result's dtype and the teacher; reads no weights.
 
     Raises:
-        UnsupportedModelError, BudgetError: as `open_space`, `load_tokenizer` and `open_budget`.
+        UnsupportedModelError, BudgetError, ConfigError: as `open_space`, `load_tokenizer`, `open_budget` and
+            `open_teacher`.
     """
     empty, space, limits = open_space(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     budget = open_budget(config, empty, space, limits, tokenizer)
     stored = getattr(empty.config, "dtype", None)
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
+    teacher = open_teacher(config, space, tokenizer)
     path = find_model(config.model, weights=config.init == "pretrained")
-    return Source(path, space, limits, budget, dtype, empty.config.model_type, tokenizer)
+    return Source(path, space, limits, budget, dtype, empty.config.model_type, tokenizer, teacher)
