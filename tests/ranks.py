@@ -57,7 +57,8 @@ def make_trainer(
     recipe = replace(make_recipe(config, space, limits), weight_decay=0.1, warmup_steps=2)
     engine.compaction_tile = 4
     model = empty_model(checkpoint.config(), "checkpoint").double() if checkpoint else source
-    trainer = Trainer(model, config, recipe, limits, engine, lambda size: None)
+    teacher = make_model(name) if config.distill else None
+    trainer = Trainer(model, config, recipe, limits, engine, lambda size: None, teacher=teacher)
     if checkpoint:
         trainer.restore(checkpoint)
     generator = torch.Generator().manual_seed(1)
@@ -173,6 +174,12 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                     results[f"{kind} {name} {method}"] = compare(
                         expected_at_once, at_once(make_engine(kind), name, method)
                     )
+            taught = {"distill": "source", "distill_temperature": 2.0, "distill_hidden": 0.3}
+            expected_taught = whole(Engine(CPU), name, False, **taught)
+            for kind in engines:
+                results[f"{kind} {name} taught"] = compare(
+                    expected_taught, whole(make_engine(kind), name, False, **taught)
+                )
             for kind in engines:
                 # one process is every rank by itself, each with a folder of its own
                 own = folder / f"{kind}-{name}-{meeting.rank}"
@@ -182,6 +189,7 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 results[f"one to {kind} {name}"] = compare(expected, moved(Engine(CPU), make_engine(kind), name, own))
     results["disagreement"] = {"error": disagreement(meeting)}
     results["bf16"] = half_precision()
+    results["bf16 taught"] = half_precision(distill="source", distill_hidden=0.3)
     results["room"] = {kind: room(make_engine(kind)) for kind in (*engines, "one")}
     if meeting.is_main:
         out.write_text(json.dumps(results, indent=1))
@@ -205,17 +213,24 @@ def disagreement(engine: Engine) -> str:
     return "nothing"
 
 
-def half_precision() -> dict[str, Any]:
-    """FSDP in bf16: what is gathered for the products, and what is kept."""
+def half_precision(**more: Any) -> dict[str, Any]:
+    """FSDP in bf16: what is gathered for the products, and what is kept; of the teacher too, if there is one."""
     engine = FSDP(CPU, "bf16", shards=dist.get_world_size())
-    trainer = make_trainer_float32(engine)
+    trainer = make_trainer_float32(engine, **more)
     gathered: list[str] = []
     projection = trainer.model.model.layers[0].mlp.up_proj
     projection.register_forward_hook(lambda module, args, output: gathered.append(str(module.weight.dtype)))
     losses = train(trainer, 8)
-    exact = train(make_trainer_float32(Engine(CPU)), 8)
+    exact = train(make_trainer_float32(Engine(CPU), **more), 8)
     kept = {str(tensor.dtype) for tensor in trainer.tensors().values()}
-    return {"gathered": sorted(set(gathered)), "kept": sorted(kept), "losses": losses, "exact": exact}
+    found = {"gathered": sorted(set(gathered)), "kept": sorted(kept), "losses": losses, "exact": exact}
+    if trainer.teacher:
+        layers = list(trainer.teacher.model.model.layers.parameters())
+        found["frozen"] = {
+            "dtypes": sorted({str(param.dtype) for param in trainer.teacher.model.parameters()}),
+            "share": sum(engine.local(param).numel() for param in layers) / sum(param.numel() for param in layers),
+        }
+    return found
 
 
 def room(engine: Engine) -> dict[str, int]:
@@ -246,7 +261,7 @@ def room(engine: Engine) -> dict[str, int]:
     return {"peak": max(accumulate(during)), "before": before, "largest": 4 * largest, "all": 16 * held}
 
 
-def make_trainer_float32(engine: Engine) -> Trainer:
+def make_trainer_float32(engine: Engine, **more: Any) -> Trainer:
     source = make_model("qwen2", dtype=torch.float32)
     space = find_space(source)
     limits = find_limits(space, source.config)
@@ -258,8 +273,11 @@ def make_trainer_float32(engine: Engine) -> Trainer:
         target_params=space.num_params(limits.source),
         prune_tokens=tokens,
         tokens=100 * tokens,
+        **more,
     )
-    trainer = Trainer(source, config, make_recipe(config, space, limits), limits, engine, lambda size: None)
+    teacher = make_model("qwen2", dtype=torch.float32, seed=1) if config.distill else None
+    recipe = make_recipe(config, space, limits)
+    trainer = Trainer(source, config, recipe, limits, engine, lambda size: None, teacher=teacher)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(8)]
     trainer.feed = iter([batch[engine.rank :: engine.num_ranks] for batch in batches])

@@ -22,10 +22,13 @@ from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.training.cards import CARDS, Card, Cluster, find_card, read_cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.costs import make_setup, phase_seconds, step_cost, suggest, traffic
+from efficientllm.training.engine import FSDP
 from efficientllm.training.loss import CHUNK
 from efficientllm.training.memory import default_engine, estimate, fsdp_groups
 from efficientllm.training.plan import make_plan
+from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
+from efficientllm.training.teacher import Teacher
 
 TINY = {
     "hidden_size": 48,
@@ -121,6 +124,18 @@ def test_traffic_by_hand() -> None:
     }
     one = make_setup(config, Cluster(1, toy_card()), space, space.shape)
     assert (one.engine, traffic(space, space.shape, one, 1)) == ("one", {})
+
+
+def test_a_teacher_s_passes_by_hand() -> None:
+    """A forward pass alone: 2 FLOPs a weight, where training has 6; its layers are gathered once a pass."""
+    space, _ = space_of()
+    config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="fsdp", activation_checkpointing=True)
+    cluster = Cluster(4, toy_card(), mfu=0.5)
+    alone, taught = (make_setup(config, cluster, space, space.shape, teacher=each) for each in (None, space))
+    steps = [step_cost(config, cluster, setup, space, space.shape) for setup in (alone, taught)]
+    flops = 1024 * (2 * PARAMS + 4 * 3 * 6 * 8 * 64 / 2)
+    assert steps[1].compute - steps[0].compute == pytest.approx(flops / (4 * 0.5 * 1e12))
+    assert steps[1].sent - steps[0].sent == pytest.approx(3 / 4 * 2 * 2 * 3 * LAYER)  # two passes of bf16 layers
 
 
 def test_bandwidth_counts_where_it_bounds_and_nowhere_else() -> None:
@@ -249,18 +264,46 @@ def test_states_and_copies_by_hand() -> None:
         assert each.peak == sum(each.parts().values())
 
 
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_teacher_s_memory_is_what_torch_holds(sharded: bool) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**(TINY | {"vocab_size": 1024, "hidden_size": 96})))
+    teacher = find_space(model)
+    space, _ = space_of(vocab_size=1024)
+    engine = FSDP(torch.device("cpu"), "bf16", shards=8) if sharded else Engine(torch.device("cpu"), "bf16")
+    frozen = Teacher(model, RunConfig(), engine)
+    way: dict[str, Any] = {"micro_batch_size": 1, "seq_len": 16, "activation_bytes": 2}
+    way |= {"engine": engine.name, "shards": engine.shards}
+    memory, plain = (estimate(space, space.shape, **way, teacher=each) for each in (teacher, None))
+    lesson = frozen.lesson(torch.randint(0, 1024, (1, 16)))
+    held = sum(param.nbytes for param in frozen.model.parameters())
+    if sharded:
+        root, *layers = (
+            each._get_fsdp_state()._fsdp_param_group for each in (frozen.model, *frozen.model.model.layers)
+        )
+        assert root.is_unsharded and not any(layer.is_unsharded for layer in layers)
+        held = sum(param.sharded_param.to_local().nbytes for group in (root, *layers) for param in group.fsdp_params)
+        held += sum(param.unsharded_param.nbytes for param in root.fsdp_params)
+        held += 2 * sum(param._orig_size.numel() * 2 for param in layers[0].fsdp_params)  # computed, and on its way
+    assert memory.teacher == pytest.approx(held + lesson.states.nbytes, rel=0.02)
+    assert memory.peak == plain.peak + memory.teacher + memory.logits - plain.logits
+    assert memory.logits - plain.logits == 16 * 1024 * 3 * 4
+
+
 def test_logits_are_those_of_a_chunk() -> None:
     space, _ = space_of()
     short, long = (estimate(space, space.shape, micro_batch_size=1, seq_len=n).logits for n in (512, 2**20))
     assert short == 512 * 130 * 4 + 4 * 48 * (512 + 130)
     assert long == CHUNK // 130 * 130 * 4 + 4 * 48 * (2**20 + 130)
+    taught = estimate(space, space.shape, micro_batch_size=1, seq_len=2**20, teacher=space).logits
+    assert taught == CHUNK // 2 // 130 * 130 * 4 * 4 + 4 * 48 * (2**20 + 130)  # both models', two distributions
     bf16 = estimate(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
     assert bf16 - short == 512 * 130 * 2  # products come in bf16, their slopes go in it
 
 
 def test_the_engine_is_chosen_by_half_of_the_memory() -> None:
     assert default_engine(10**9, 32e9) == "ddp"
-    assert default_engine(10**9 + 1, 32e9) == "fsdp"
+    assert default_engine(10**9 + 1, 32e9) == default_engine(10**9, 32e9, frozen=1) == "fsdp"
     space, _ = llama2("7B")
     config, cluster = RunConfig(), Cluster(8, CARDS["H100"])
     chosen = [

@@ -43,14 +43,17 @@ def test_every_engine_prunes_as_one_process_does(num_ranks: int, engines: str, f
     done = torchrun(num_ranks, str(HERE / "ranks.py"), str(out), engines, families)
     assert done.returncode == 0, errors_of(done.stderr)
     results: dict[str, dict[str, Any]] = json.loads(out.read_text())
-    told, half = results.pop("disagreement"), results.pop("bf16")
+    told, half, taught = (results.pop(case) for case in ("disagreement", "bf16", "bf16 taught"))
     assert "ranks 0 and 1 chose different units" in told["error"] and "nothing was removed" in told["error"]
     assert half["gathered"] == ["torch.bfloat16"] and half["kept"] == ["torch.float32"]
-    assert half["losses"] == pytest.approx(half["exact"], rel=1e-2) and half["losses"] != half["exact"]
+    for each in (half, taught):
+        assert each["losses"] == pytest.approx(each["exact"], rel=1e-2) and each["losses"] != each["exact"]
+    frozen = taught["frozen"]  # each rank has its part of the teacher's layers, in bf16
+    assert frozen["dtypes"] == ["torch.bfloat16"] and frozen["share"] == pytest.approx(1 / num_ranks, rel=0.1)
     check_room(results.pop("room"), num_ranks)
-    # A and B of every family; the first one moved there and back, with the Fisher form, an average, checkpointing, and
+    # A and B of every family; the first one moved there and back, taught, with Fisher, an average, checkpointing,
     # with layers that shrink each on its own, and by four methods that remove before the first step
-    assert len(results) == len(engines.split(",")) * (2 * len(families.split(",")) + 9)
+    assert len(results) == len(engines.split(",")) * (2 * len(families.split(",")) + 10)
     for case, found in results.items():
         assert found["removals"] > 25 and found["same_removals"], case
         # norms compute in float32 whatever the weights are: a sum in another order may flip a rounding there

@@ -88,6 +88,8 @@ def test_a_row_that_does_not_fit_is_told() -> None:
     trainer = make_trainer(micro_batch_size=3)  # of 8 rows: 1 divides both
     with pytest.raises(TrainingError, match="out of memory with 1 rows of 32 tokens a pass; add --activation"):
         trainer._halve(8)
+    with pytest.raises(TrainingError, match="or leave --distill out"):
+        make_trainer(micro_batch_size=3, distill="source")._halve(8)
 
 
 # --- compiled graphs -------------------------------------------------------------------------------------------------
@@ -154,14 +156,17 @@ def make_trainer(**changes: Any) -> Trainer:
     limits = find_limits(space, model.config)
     values = {"target_params": 560_000, "prune_tokens": 8 * 256, "tokens": 16 * 256, "micro_batch_size": 2, **changes}
     config = RunConfig(seq_len=32, batch_tokens=256, **values)
-    trainer = Trainer(model, config, make_recipe(config, space, limits), limits, Engine(CPU), lambda size: None)
+    teacher = load_model(str(MODEL), dtype=torch.float32) if config.distill else None
+    recipe = make_recipe(config, space, limits)
+    trainer = Trainer(model, config, recipe, limits, Engine(CPU), lambda size: None, teacher=teacher)
     generator = torch.Generator().manual_seed(0)
     trainer.feed = iter(lambda: torch.randint(0, 500, (8, 32), generator=generator), None)
     return trainer
 
 
-def test_a_step_without_removal_never_waits_for_the_device() -> None:
-    trainer = make_trainer()
+@pytest.mark.parametrize("teacher", [{}, {"distill": "source", "distill_hidden": 0.5}])
+def test_a_step_without_removal_never_waits_for_the_device(teacher: dict[str, Any]) -> None:
+    trainer = make_trainer(**teacher)
     waits, removals = [], []
     for _ in range(16):
         before = len(trainer.pruner.removals)

@@ -365,6 +365,11 @@ def given(**values: Any) -> RunConfig:
         ({"method": "magnitude", "target_params": 9, "calibration_tokens": 9}, ["--calibration-tokens"]),
         ({"method": "depth", "target_bytes": 9, "for_type": "q8_0"}, ["--target-bytes"]),
         ({"method": "depth", "target_params": 9, "min_ffn": 9}, ["--min-ffn"]),
+        ({"method": "one-shot", "target_params": 9, "layout": "per-layer"}, ["--layout", "before the first step"]),
+        (
+            {"method": "scratch", "shape_of": "r", "distill": "source", "distill_hidden": 1.0},
+            ["--distill-hidden", "fresh weights"],
+        ),
         ({"target_params": 9, "prune_tokens": 9, "allocation": "global"}, ["--allocation", "efficientllm"]),
         ({"target_params": 9, "prune_tokens": 9, "shape_of": "r"}, ["--shape-of", "efficientllm"]),
         ({"method": "mask-only", "target_params": 9}, ["--prune-tokens", "sets the pace"]),
@@ -480,6 +485,19 @@ def test_scratch_has_the_shape_and_weights_of_its_own(one_shot: Path, data: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["scratch", "depth"])
+def test_what_begins_small_learns_from_the_source(
+    method: str, one_shot: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, shape = tmp_path / "run", ["--shape-of", str(one_shot)] if method == "scratch" else []
+    assert main(words_of(data, out, method, *shape, "--distill")) == 0
+    source = numel(AutoModelForCausalLM.from_pretrained(SOURCE))
+    assert f"teacher {SOURCE}: {source:,} parameters" in " ".join(capsys.readouterr().err.split())
+    check_run(out, method)
+    assert all(row["kl"] > 0 for row in rows(out / "metrics.jsonl")[1:])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["one-shot-obs", "depth"])
 def test_a_run_of_another_method_resumes(method: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -496,8 +514,9 @@ def test_a_run_of_another_method_resumes(method: str, data: Path, tmp_path: Path
 def test_a_run_of_another_method(method: str, one_shot: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     gradual = METHODS[method].when == "gradual"
-    assert main(words_of(data, out, method, *([] if gradual else ["--shape-of", str(one_shot)]))) == 0
+    assert main(words_of(data, out, method, *([] if gradual else ["--shape-of", str(one_shot)]), "--distill")) == 0
     model = check_run(out, method)
+    assert all(row["kl"] > 0 for row in rows(out / "metrics.jsonl")[2:])
     if not gradual:
         config, goal = model.config, AutoConfig.from_pretrained(one_shot / "model")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):

@@ -196,3 +196,14 @@ def test_a_target_in_bytes(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert all(size % 32 == 0 for size in sizes) and len(set(sizes)) > 1 and last["hidden_size"] % 32 == 0
     tile = 3 * 32 * last["hidden_size"] // 32 * 34
     assert 400_000 - max(8_000, tile) <= file.stat().st_size <= 400_000
+
+
+def test_its_shape_from_scratch(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(data, tmp_path / "fresh", target_params=None, prune_tokens=None, tokens="1024")
+    words += ["--shape-of", str(finished), "--method"]
+    assert main([*words, "random"]) == 2
+    assert "its layers differ in width" in capsys.readouterr().err
+    assert main([*words, "scratch", "--layout", "per-layer"]) == 0
+    fresh, pruned = (efficientllm.load(str(each / "model")) for each in (tmp_path / "fresh", finished))
+    shapes = [{name: param.shape for name, param in model.named_parameters()} for model in (fresh, pruned)]
+    assert shapes[0] == shapes[1]

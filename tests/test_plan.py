@@ -1,6 +1,8 @@
 """The planner: against the paper's trajectory, a real run, torch's own FLOP counter and the tensors of a real step."""
 
 import json
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,6 +19,7 @@ from efficientllm.training.config import RunConfig
 from efficientllm.training.memory import divisors, estimate, fitting_micro_batch
 from efficientllm.training.plan import make_plan, read_kinds
 from efficientllm.training.recipe import make_recipe
+from efficientllm.training.teacher import pass_flops
 
 BATCH_TOKENS = 2**20
 # method.md section 4: tokens (B), heads, f, d of SmolLM-1.7B on its way, measured off the paper's figure
@@ -153,6 +156,9 @@ def test_flops_are_what_torch_counts(tied: bool) -> None:
     space = find_space(model)
     expected = space.flops_per_token(space.shape, 2 * 32) * tokens.numel()
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    with counter, torch.no_grad():
+        model(input_ids=tokens)
+    assert counter.get_total_flops() == pytest.approx(pass_flops(space, 2 * 32) * tokens.numel(), rel=0.01)
 
 
 def test_weights_and_moments_are_exact() -> None:
@@ -261,7 +267,12 @@ def test_plan_reads_nothing_but_the_config(tmp_path, capsys, monkeypatch) -> Non
     assert max(len(line.rstrip()) for line in table if "lr" not in line) <= 110
     assert print_plan(settings, like=str(run)) == 0
     printed = capsys.readouterr().out
-    assert f"as in {run}" in printed and "assumed" not in printed
+    assert f"as in {run}" in printed and "assumed" not in printed and "teacher" not in printed
+    # the source for a teacher: a third of its own step, and as much of the smaller model's
+    assert print_plan(replace(settings, distill="source")) == 0
+    printed = capsys.readouterr().out
+    at_source, at_end = map(float, re.findall(r"(\d\.\d\d) (?:of a step at the source|at the end)", printed))
+    assert at_source == 0.33 and 0.4 < at_end < 0.8 and " teacher\n" in printed
 
 
 def test_a_log_that_cannot_be_followed(tmp_path) -> None:

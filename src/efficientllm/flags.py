@@ -31,6 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
         "layout",
     ),
     "training": ("lr", "seed", "init"),
+    "teacher": ("distill", "distill_weight", "distill_temperature", "distill_hidden"),
     "machine": ("engine", "shards", "precision", "compile", "threads"),
     "run folder": ("out", "dtype", "eval_every", "checkpoint_every", "log_to"),
     "model": ("trust_remote_code",),
@@ -182,6 +183,8 @@ def _add_fields(parser: argparse._ActionsContainer, names: Iterable[str]) -> Non
             action = {"action": argparse.BooleanOptionalAction}
         elif str(kind).startswith("tuple"):
             action["action"] = "append"
+        elif metadata["bare"] is not None:
+            action |= {"nargs": "?", "const": metadata["bare"]}
         parser.add_argument(
             flag_name(name), dest=name, default=argparse.SUPPRESS, help=metadata["help"] + _default(name), **action
         )

@@ -169,6 +169,11 @@ class Pruner:
         """Live parameters, tied ones counted once."""
         return self.space.num_params(self.shape)
 
+    def source_units(self, name: str) -> list[int | None]:
+        """Returns the source's index of every physical unit of a dim, None for one that is retired."""
+        retired = set(self._ledger.retired.get(name, ()))
+        return [None if unit in retired else index for unit, index in enumerate(self._ledger.origin[name])]
+
     @property
     def done(self) -> bool:
         """Whether the target has been reached."""

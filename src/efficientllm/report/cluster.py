@@ -15,7 +15,7 @@ from efficientllm.training.costs import (
     step_cost,
     suggest,
 )
-from efficientllm.training.memory import MEMORY_SHARE
+from efficientllm.training.memory import MEMORY_SHARE, PRECISIONS, frozen_bytes
 from efficientllm.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space)
     Raises:
         ConfigError: as `make_setup`.
     """
-    setup = make_setup(config, cluster, space, plan.source)
+    setup = make_setup(config, cluster, space, plan.source, teacher=plan.teacher)
     limit = MEMORY_SHARE * cluster.card.memory
     return [
         f"On {cluster.num_gpus} × {cluster.card.name}, by estimate ({card_words(cluster)})",
@@ -37,7 +37,7 @@ def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space)
         f"Memory of each GPU in GB, at the source's shape; up to {gigabytes(limit)}, {MEMORY_SHARE} of it, fits",
         memory_table(plan, config, cluster, space),
         *legend_lines(config, cluster),
-        *suggestion_lines(suggest(config, cluster, space, plan.source), setup),
+        *suggestion_lines(suggest(config, cluster, space, plan.source, plan.teacher), setup),
     ]
 
 
@@ -57,14 +57,15 @@ def card_words(cluster: Cluster) -> str:
 
 def hours_lines(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> list[str]:
     """Returns the engine and why it is that, and the hours of both phases."""
-    states = gigabytes(16 * space.num_params(plan.source))
+    states = gigabytes(16 * space.num_params(plan.source) + frozen_bytes(plan.teacher, PRECISIONS[setup.precision]))
+    what = "states and a teacher" if plan.teacher else "states"
     if setup.engine == "one":
         why = "one GPU"
     elif config.engine or config.shards:
         why = "as given"
     else:
         half = "more than half of a GPU" if setup.engine == "fsdp" else "at most half of a GPU"
-        why = f"states of {states} GB, {half}"
+        why = f"{what} of {states} GB, {half}"
     engine = f"fsdp over {setup.shards}" if setup.engine == "fsdp" else setup.engine
     phases = {
         name: phase_seconds(config, cluster, setup, space, shapes) / 3600
@@ -105,7 +106,9 @@ def memory_table(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) 
     table = _table("engine", "rows", "states", "copies", "activations", "logits", "peak", "fits", "hours")
     for engine in ("ddp", "fsdp") if cluster.num_gpus > 1 else ("one",):
         for precision in cluster.card.precisions:
-            setup = make_setup(config, cluster, space, plan.source, engine=engine, precision=precision)
+            setup = make_setup(
+                config, cluster, space, plan.source, engine=engine, precision=precision, teacher=plan.teacher
+            )
             memory = setup.memory
             copies = memory.peak - memory.states - memory.activations - memory.logits
             hours = phase_seconds(config, cluster, setup, space, [*plan.pruning, *plan.training]) / 3600
@@ -125,6 +128,8 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     copies = ["weights in bf16"] if "bf16" in cluster.card.precisions else []
     if cluster.num_gpus > 1:
         copies += ["ddp's sums of gradients", "what fsdp gathers"]
+    if config.distill:
+        copies.append("the teacher")
     if config.saliency == "fisher":
         copies.append("squared gradients")
     if config.compensate:

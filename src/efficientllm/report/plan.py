@@ -19,6 +19,7 @@ from efficientllm.training.memory import PRECISIONS, estimate, fitting_micro_bat
 from efficientllm.training.plan import Plan, make_plan, read_kinds, unrounded
 from efficientllm.training.recipe import Recipe, make_recipe
 from efficientllm.training.source import floors, open_space
+from efficientllm.training.teacher import open_teacher, pass_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +47,7 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
         budget = open_budget(config, empty, space, limits, tokenizer)
     recipe = make_recipe(config, space, limits, budget)
     kinds = read_kinds(like) if like is not None else None
-    plan = make_plan(config, space, limits, recipe, kinds, budget)
+    plan = make_plan(config, space, limits, recipe, kinds, budget, open_teacher(config, space))
     order = "assumed, all kinds in proportion" if like is None else f"as in {like}, then in proportion"
     parts = [
         f"{config.model}: {_sizes(limits.source, space, budget)}",
@@ -58,8 +59,13 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
         *schedule_lines(plan, config, recipe),
         "",
         *flops_lines(plan),
+        *teacher_lines(plan, config, space),
         "",
-        *(cluster_parts(plan, config, cluster, space) if cluster else here_lines(config, space, limits, recipe)),
+        *(
+            cluster_parts(plan, config, cluster, space)
+            if cluster
+            else here_lines(config, space, limits, recipe, plan.teacher)
+        ),
         *(f"note: {remark}" for remark in recipe.remarks),
     ]
     console = Console(highlight=False)
@@ -162,7 +168,21 @@ def flops_lines(plan: Plan) -> list[str]:
     ]
 
 
-def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) -> list[str]:
+def teacher_lines(plan: Plan, config: RunConfig, space: Space) -> list[str]:
+    """Returns what a teacher's forward passes cost beside the run."""
+    if plan.teacher is None:
+        return []
+    passes, params = pass_flops(plan.teacher, config.seq_len), plan.teacher.num_params(plan.teacher.shape)
+    at_source, at_end = (passes / space.flops_per_token(shape, config.seq_len) for shape in (plan.source, plan.end))
+    return [
+        f"teacher    {plan.teaching:.3g} more for the forward passes of {params:,} parameters:",
+        f"           {at_source:.2f} of a step at the source's shape, {at_end:.2f} at the end's",
+    ]
+
+
+def here_lines(
+    config: RunConfig, space: Space, limits: Limits, recipe: Recipe, teacher: Space | None = None
+) -> list[str]:
     """Returns the peak memory of a run in one process on this machine, its parts, and the second-order update's."""
     device = find_device()
     precision = config.precision or default_precision(device, space.num_params(limits.source))
@@ -172,6 +192,7 @@ def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) 
         "fisher": config.saliency == "fisher",
         "activation_checkpointing": config.activation_checkpointing,
         "activation_bytes": PRECISIONS[precision],
+        "teacher": teacher,
     }
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(device), **pass_
@@ -179,7 +200,7 @@ def here_lines(config: RunConfig, space: Space, limits: Limits, recipe: Recipe) 
     memory = estimate(space, limits.source, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows, **pass_)
     rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, {precision}"
     lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
-    lines += [f"           {_bytes(size):>8} {name}" for name, size in memory.parts().items()]
+    lines += [f"           {_bytes(size):>8} {name.replace('_', ' ')}" for name, size in memory.parts().items()]
     if config.compensate:
         lines.append(
             f"second-order update: {_bytes(memory.second_order)}: samples, and the solve of one layer at a time "

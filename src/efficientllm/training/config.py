@@ -15,11 +15,15 @@ from efficientllm.training.methods import METHODS, check_method
 AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are without a value
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 KEYWORDS = {"for": "for_type"}  # flags that are no names in Python, and their fields
+SOURCE = "source"  # the teacher that --distill without a value means
 PACES = ("prune_tokens", "slot_steps", "removals_per_step")
 
 
-def _flag(default: Any, help: str, metavar: str | None = "N", choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": help, "metavar": "|".join(choices) or metavar, "choices": choices}
+def _flag(
+    default: Any, help: str, metavar: str | None = "N", choices: tuple[str, ...] = (), bare: str | None = None
+) -> Any:
+    """A field and its flag; `bare` is what the flag means without a value, if it may stand so."""
+    metadata = {"help": help, "metavar": "|".join(choices) or metavar, "choices": choices, "bare": bare}
     return field(default=default, metadata=metadata)
 
 
@@ -54,6 +58,12 @@ class RunConfig:
     )
     shape_of: str | None = _flag(None, "run or model folder whose shape the result gets", "RUN")
     calibration_tokens: int = _flag(2**17, "tokens looked at before anything goes at once")
+    distill: str | None = _flag(
+        None, "learn from a frozen teacher too: folder or hub id (without a value: the source)", "TEACHER", bare=SOURCE
+    )
+    distill_weight: float = _flag(0.5, "share of the teacher in the loss, 0 to 1", "W")
+    distill_temperature: float = _flag(1.0, "of both models' distributions where they are compared", "T")
+    distill_hidden: float | None = _flag(None, "weight of the last hidden states' distance from the teacher's", "W")
     compensate: bool = _flag(False, "second-order update of the weights that stay")
     saliency: str = _flag("first", "Taylor order of the saliency", choices=("first", "fisher"))
     score: str = _flag("output", "matrices that are scored", choices=("output", "all"))
@@ -222,6 +232,7 @@ def validate(config: RunConfig, complete: bool = True) -> None:
             "compaction; leave one of them out"
         )
     _check_target(config)
+    _check_distill(config)
     given = [name for name in PACES if getattr(config, name) is not None]
     if len(given) > 1 or (complete and not given and METHODS[config.method].when == "gradual"):
         found = " and ".join(flag_name(name) for name in given) or "none of them"
@@ -269,6 +280,16 @@ def _check_target(config: RunConfig) -> None:
         )
 
 
+def _check_distill(config: RunConfig) -> None:
+    if not 0 <= config.distill_weight <= 1:
+        raise ConfigError(f"--distill-weight {config.distill_weight} is outside 0 to 1; 1 is the teacher alone")
+    for name in ("distill_weight", "distill_temperature", "distill_hidden"):
+        if config.distill is None and getattr(config, name) != FIELDS[name].default:
+            raise ConfigError(
+                f"{flag_name(name)} {getattr(config, name)} has no effect without --distill; add it, or leave this out"
+            )
+
+
 def _check_values(config: RunConfig) -> None:
     for name, each in FIELDS.items():
         value, choices = getattr(config, name), each.metadata["choices"]
@@ -279,6 +300,8 @@ def _check_values(config: RunConfig) -> None:
         if name == "score_ema":
             if not 0 <= value < 1:
                 raise ConfigError(f"--score-ema {value} is outside 0 to below 1; 0 is no moving average")
+            continue
+        if name == "distill_weight":  # 0 is a value
             continue
         least = 0 if name == "seed" else 1
         if name == "tokens" and value == 0:  # not given

@@ -7,6 +7,7 @@ Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n 
 
     ddp     2 (n-1)/n · 4P                               gradients, float32, once a step
     fsdp    (s-1)/s · m·(c·(R + 2L) + 4P)                of every micro-batch: weights, forward and backward; gradients
+            + (s-1)/s · m·c·L of a teacher               its layers' weights, forward alone
             + 2 (n/s-1)/(n/s) · 4P/s                     gradients among the n/s copies (hybrid sharding), once a step
 """
 
@@ -29,9 +30,11 @@ from efficientllm.training.memory import (
     divisors,
     estimate,
     fitting_micro_batch,
+    frozen_bytes,
     fsdp_groups,
 )
 from efficientllm.training.recipe import rank_rows
+from efficientllm.training.teacher import pass_flops
 
 RECOMPUTED = 4 / 3  # activation checkpointing computes the forward pass, a third of the FLOPs, once more
 MOST_GPUS, LEAST_SEQ_LEN = 1024, 256  # how far suggestions go
@@ -47,6 +50,7 @@ class Setup:
         rows, micro_batch_size: of an optimizer step, and of a pass, on one GPU.
         memory: at the source's shape.
         fits: whether the peak stays within 0.8 of the card's memory.
+        teacher: the space of `--distill`'s.
     """
 
     engine: str
@@ -56,6 +60,7 @@ class Setup:
     micro_batch_size: int
     memory: Memory
     fits: bool
+    teacher: Space | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def make_setup(
     *,
     engine: str | None = None,
     precision: str | None = None,
+    teacher: Space | None = None,
 ) -> Setup:
     """Returns how `prune` would train on the cluster; `engine` and `precision` override its choice.
 
@@ -107,7 +113,8 @@ def make_setup(
     if num_gpus == 1:
         engine = "one"
     elif engine is None:
-        by_size = default_engine(space.num_params(shape), card.memory)
+        frozen = frozen_bytes(teacher, PRECISIONS[precision])
+        by_size = default_engine(space.num_params(shape), card.memory, frozen)
         engine = config.engine or ("fsdp" if config.shards else by_size)
     shards = 1
     if engine == "fsdp":
@@ -121,6 +128,7 @@ def make_setup(
         "activation_bytes": PRECISIONS[precision],
         "engine": engine,
         "shards": shards,
+        "teacher": teacher,
     }
     seq_len = config.seq_len
     if config.micro_batch_size:
@@ -131,7 +139,7 @@ def make_setup(
         )
     memory = estimate(space, shape, micro_batch_size=micro_batch_size, seq_len=seq_len, batch_rows=rows, **more)
     fits = memory.peak <= MEMORY_SHARE * card.memory
-    return Setup(engine, precision, shards, rows, micro_batch_size, memory, fits)
+    return Setup(engine, precision, shards, rows, micro_batch_size, memory, fits, teacher)
 
 
 def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shape: Shape) -> Step:
@@ -139,6 +147,7 @@ def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, s
     compute = config.batch_tokens * space.flops_per_token(shape, config.seq_len)
     if config.activation_checkpointing:
         compute *= RECOMPUTED
+    compute += config.batch_tokens * pass_flops(setup.teacher, config.seq_len)
     sent = traffic(space, shape, setup, cluster.num_gpus)
     # replicas of machines meet over the network; what stays within a copy does not
     sending = sum(size / cluster.bandwidth(ring) for ring, size in sent.items())
@@ -158,6 +167,9 @@ def traffic(space: Space, shape: Shape, setup: Setup, num_gpus: int) -> dict[int
     root, layer = fsdp_groups(space, shape)
     passes = setup.rows // setup.micro_batch_size
     weights = PRECISIONS[setup.precision] * (root + 2 * layer * space.num_layers)
+    if setup.teacher is not None:
+        _, teacher_layer = fsdp_groups(setup.teacher, setup.teacher.shape)
+        weights += PRECISIONS[setup.precision] * teacher_layer * setup.teacher.num_layers
     sent = {shards: _ring(shards) * passes * (weights + gradients)}
     if shards < num_gpus:
         sent[num_gpus] = 2 * _ring(num_gpus // shards) * gradients / shards
@@ -171,7 +183,9 @@ def phase_seconds(
     return sum(step_cost(config, cluster, setup, space, shape).seconds * steps for shape, steps in shapes)
 
 
-def suggest(config: RunConfig, cluster: Cluster, space: Space, shape: Shape) -> list[Suggestion]:
+def suggest(
+    config: RunConfig, cluster: Cluster, space: Space, shape: Shape, teacher: Space | None = None
+) -> list[Suggestion]:
     """Returns the ways in which a run would fit that does not; if there are none, that of the least peak.
 
     On as many GPUs, or the fewest on which other flags are enough: the fewest changes, each in its mildest value; and a
@@ -188,7 +202,7 @@ def suggest(config: RunConfig, cluster: Cluster, space: Space, shape: Shape) -> 
         on_these = config
         if num_gpus > MACHINE and flags:  # a copy over all of them: more copies would take as much memory
             on_these, flags = replace(config, shards=num_gpus), (*flags, f"--shards {num_gpus}")
-        tried.append(Suggestion(flags, make_setup(on_these, larger, space, shape)))
+        tried.append(Suggestion(flags, make_setup(on_these, larger, space, shape, teacher=teacher)))
         if tried[-1].setup.fits:
             return [*changed, tried[-1]] if flags else []
         kinds = [] if changed else changes(on_these, larger, shorten=not flags)
@@ -196,7 +210,7 @@ def suggest(config: RunConfig, cluster: Cluster, space: Space, shape: Shape) -> 
             for subset in combinations(kinds, number):
                 for chosen in product(*subset):
                     given = {name: value for _, values in chosen for name, value in values.items()}
-                    setup = make_setup(replace(on_these, **given), larger, space, shape)
+                    setup = make_setup(replace(on_these, **given), larger, space, shape, teacher=teacher)
                     tried.append(Suggestion((*flags, *(text for text, _ in chosen)), setup))
                     if setup.fits:
                         changed.append(tried[-1])

@@ -29,7 +29,7 @@ from efficientllm.pruning.saliency import Retired
 from efficientllm.pruning.selection import Removal
 from efficientllm.space.dims import Space
 from efficientllm.training.meeting import is_restart, meet
-from efficientllm.training.process import WAITING_UNITS, Engine, Precision, on_meta, training_dtype
+from efficientllm.training.process import WAITING_UNITS, Engine, Precision, freeze_, on_meta, training_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,7 +167,15 @@ class FSDP(_Ranks):
         """
         relabel_llama_(model)
         self._skeleton = on_meta(model).to(training_dtype(model))
-        sharded = self._sharded_skeleton()
+        return self._filled(self._shard(copy.deepcopy(self._skeleton)), model)
+
+    def frozen(self, model: "PreTrainedModel") -> Any:
+        skeleton = on_meta(model)
+        freeze_(skeleton, self.precision)
+        return self._filled(self._shard(skeleton), model)
+
+    def _filled(self, sharded: Any, model: nn.Module) -> Any:
+        """Returns a sharded model without memory with the weights and buffers of a whole one."""
         sharded.to_empty(device=self.device)
         source = dict(model.named_parameters())
         with torch.no_grad():
@@ -209,7 +217,7 @@ class FSDP(_Ranks):
         kept = kept_entries(model, space, units)
         compact_(self._skeleton, None, space, units)
         self.forget_graphs()
-        smaller: nn.Module = self._sharded_skeleton()
+        smaller: nn.Module = self._shard(copy.deepcopy(self._skeleton))
         old = dict(model.named_parameters())
         replaced: dict[nn.Parameter, nn.Parameter] = {}
         for path, module in smaller.named_modules():
@@ -251,8 +259,7 @@ class FSDP(_Ranks):
                     targets[name].copy_(full)
         return plain
 
-    def _sharded_skeleton(self) -> Any:
-        model: Any = copy.deepcopy(self._skeleton)
+    def _shard(self, model: Any) -> Any:
         for layer in model.model.layers:
             fully_shard(layer, mesh=self.mesh, mp_policy=self._policy)
         return fully_shard(model, mesh=self.mesh, mp_policy=self._policy)

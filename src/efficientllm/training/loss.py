@@ -10,7 +10,7 @@ h  (tokens, hidden)  what the head reads      W  (vocab, hidden)  the head      
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +18,47 @@ from torch.autograd import Function
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+if TYPE_CHECKING:
+    from efficientllm.training.distillation import Lesson
+
 CHUNK = 2**25  # logits at once: 128 MiB in float32
 
 Slopes = Callable[[Tensor, Tensor, float | None], Tensor]
+Turn = Callable[[Tensor, slice], Tensor]
 
 
 def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
     """Makes a decoder's forward pass with `labels` return the loss alone, computed in chunks.
 
     The labels are the input's own tokens, every one but the first of a row a target. Without `labels` nothing changes.
+    With a `lesson` as well the loss is the lesson's, of what a teacher makes of the same tokens.
 
     Args:
         slopes: what turns a chunk's logits into losses and slopes (default: `loss_and_slopes_`; or it, compiled).
     """
     stock = type(model).forward
-    turn = slopes or loss_and_slopes_
 
-    def forward(self: Any, input_ids: Tensor, labels: Tensor | None = None, **more: Any) -> Any:
+    def forward(
+        self: Any, input_ids: Tensor, labels: Tensor | None = None, lesson: "Lesson | None" = None, **more: Any
+    ) -> Any:
         if labels is None:
             return stock(self, input_ids=input_ids, **more)
         with whole_rows():
             h = self.model(input_ids=input_ids, **more).last_hidden_state
-        config = self.config
-        loss = next_token_loss(
-            h[:, :-1].flatten(0, 1),
-            self.lm_head.weight,
-            labels[:, 1:].flatten(),
-            scale=1 / getattr(config, "logits_scaling", 1.0),  # Granite
-            cap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
-            slopes=turn,
-        )
+        states, targets = h[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        scale, cap = logit_form(self.config)
+        if lesson is not None:
+            return lesson.loss(states, self.lm_head.weight, targets, scale=scale, cap=cap)
+        loss = next_token_loss(states, self.lm_head.weight, targets, scale=scale, cap=cap, slopes=slopes)
         return CausalLMOutputWithPast(loss=loss)
 
     # a bound method, not a closure over the model: a deep copy then calls itself
     model.__dict__["forward"] = MethodType(forward, model)
+
+
+def logit_form(config: Any) -> tuple[float, float | None]:
+    """Returns what a model's logits are multiplied by (Granite), and what they are soft-capped at (Gemma 2)."""
+    return 1 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
 
 
 @contextmanager
@@ -82,20 +89,31 @@ def next_token_loss(
 
     Equals `cross_entropy(scale * h @ W.T, targets)` in float32 or above. Under autocast the products run in its dtype.
     """
+    each = slopes or loss_and_slopes_
+
+    def turn(logits: Tensor, at: slice) -> Tensor:
+        return each(logits, targets[at], cap)[None]
+
+    return chunked(h, W, turn, scale=scale, rows=max(1, chunk // W.shape[0]))[0]
+
+
+def chunked(h: Tensor, W: Tensor, turn: Turn, *, scale: float, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the means over tokens of what `turn` sums up: the first, with its gradients by h and W, and the others.
+
+    Args:
+        turn: gets scale·h Wᵀ of a slice of the tokens, (n, vocab), and the slice; overwrites them with the slopes of
+            its first sum.
+        rows: tokens of a slice, at most.
+    """
     if not torch.is_grad_enabled():  # a Function computes every gradient that its inputs could have
         h, W = h.detach(), W.detach()
-    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        h, W, targets, scale, cap, chunk, slopes or loss_and_slopes_
-    )
-    return loss
+    loss, others = _ChunkedLoss.apply(h, W, turn, scale, rows)  # type: ignore[no-untyped-call]
+    return loss, others
 
 
 def loss_and_slopes_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     """Returns the summed cross-entropy of logits (n, vocab) and overwrites them with its slope by each of them."""
-    bend = None
-    if cap is not None:
-        bend = torch.tanh(logits.div_(cap))
-        logits.copy_(bend).mul_(cap)
+    bend = None if cap is None else soft_cap_(logits, cap)
     column = targets[:, None]
     highest = logits.amax(1, keepdim=True)
     losses = highest - logits.gather(1, column)
@@ -104,17 +122,27 @@ def loss_and_slopes_(logits: Tensor, targets: Tensor, cap: float | None) -> Tens
     losses += total.log()
     logits.div_(total).scatter_add_(1, column, torch.full_like(losses, -1))
     if bend is not None:
-        logits.mul_(bend.square_().neg_().add_(1))
+        unbend_(logits, bend)
     return losses.sum()
+
+
+def soft_cap_(logits: Tensor, cap: float) -> Tensor:
+    """Makes logits z into cap·tanh(z / cap) and returns the tanh."""
+    bend = torch.tanh(logits.div_(cap))
+    logits.copy_(bend).mul_(cap)
+    return bend
+
+
+def unbend_(slopes: Tensor, bend: Tensor) -> None:
+    """Makes slopes by soft-capped logits into those by the logits before; uses up what `soft_cap_` has returned."""
+    slopes.mul_(bend.square_().neg_().add_(1))
 
 
 class _ChunkedLoss(Function):
     """Both gradients are ready when the forward pass is over; the backward pass only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, W: Tensor, targets: Tensor, scale: float, cap: float | None, chunk: int, slopes: Slopes
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, W: Tensor, turn: Turn, scale: float, rows: int) -> tuple[Tensor, Tensor]:
         device, precise = h.device.type, torch.promote_types(h.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         with torch.autocast(device, enabled=False):
@@ -122,31 +150,34 @@ class _ChunkedLoss(Function):
             needs_h, needs_W = ctx.needs_input_grad[:2]
             grad_h = torch.empty_like(inputs) if needs_h else None
             grad_W = torch.zeros_like(W, dtype=precise) if needs_W else None
-            loss = torch.zeros((), dtype=precise, device=h.device)
-            rows = max(1, chunk // W.shape[0])
+            sums = torch.zeros(1, dtype=precise, device=h.device)
             for start in range(0, len(h), rows):
-                part = inputs[start : start + rows]
+                at = slice(start, start + rows)
+                part = inputs[at]
                 logits = (part @ head.T).to(precise)
                 if scale != 1:
                     logits *= scale
-                loss += slopes(logits, targets[start : start + rows], cap)
+                sums = sums + turn(logits, at)
                 slope = logits.mul_(scale / len(h)).to(dtype)
                 if grad_h is not None:
-                    torch.mm(slope, head, out=grad_h[start : start + rows])
+                    torch.mm(slope, head, out=grad_h[at])
                 if grad_W is not None and dtype == precise:
                     grad_W.addmm_(slope.T, part)
                 elif grad_W is not None:
                     grad_W += slope.T @ part
         ctx.grads = grad_h, grad_W
         ctx.dtypes = h.dtype, W.dtype
-        return loss / len(h)
+        means = sums / len(h)
+        loss, others = means[0].clone(), means[1:].clone()
+        ctx.mark_non_differentiable(others)
+        return loss, others
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Any:
         if ctx.grads is None:
             raise RuntimeError("the chunked loss has been differentiated already; compute it again")
         grads, ctx.grads = ctx.grads, None
         grad_h, grad_W = (
             None if grad is None else grad.mul_(slope).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return grad_h, grad_W, None, None, None, None, None
+        return grad_h, grad_W, None, None, None

@@ -33,6 +33,8 @@ class Memory:
         activations: what one micro-batch saves for the backward pass, without the logits.
         logits: of one chunk of the loss, which become their own gradient; and the gradients that all chunks add to, of
             the hidden states and of the head.
+        teacher: weights of `--distill`, with what FSDP keeps whole of them, and the states that its head reads.
+        teacher_pass: what one of its layers computes with, while the student has no activations yet.
         fisher: the squared micro-batch gradients.
         samples: layer inputs kept for the second-order update.
         solve: Hessian, its factor and the widest layer's weights while one layer is updated, when activations are gone.
@@ -46,6 +48,8 @@ class Memory:
     buckets: int = 0
     casts: int = 0
     gathered: int = 0
+    teacher: int = 0
+    teacher_pass: int = 0
     fisher: int = 0
     samples: int = 0
     solve: int = 0
@@ -63,8 +67,9 @@ class Memory:
     @property
     def peak(self) -> int:
         """Bytes at the worst moment: in a backward pass, or while the second-order update solves."""
-        lasting = self.states + self.buckets + self.fisher + self.samples
-        return lasting + max(self.casts + self.gathered + self.activations + self.logits, self.solve)
+        lasting = self.states + self.buckets + self.teacher + self.fisher + self.samples
+        passing = self.casts + self.gathered + self.activations + self.logits
+        return lasting + max(passing, self.teacher_pass, self.solve)
 
     def parts(self) -> dict[str, int]:
         """Returns the parts that are not empty, by name."""
@@ -85,6 +90,7 @@ def estimate(
     activation_checkpointing: bool = False,
     engine: str = "one",
     shards: int = 1,
+    teacher: Space | None = None,
 ) -> Memory:
     """Returns the memory of training a model of `space` at `shape` with AdamW, on one rank.
 
@@ -98,6 +104,7 @@ def estimate(
         fisher: whether squared micro-batch gradients are gathered.
         engine: one, ddp or fsdp.
         shards: ranks that share one copy under fsdp.
+        teacher: the space of `--distill`'s, at its own shape.
     """
     params = space.num_params(shape)
     tokens = micro_batch_size * seq_len
@@ -105,12 +112,8 @@ def estimate(
     layers = [in_layer(shape, layer) for layer in range(space.num_layers)]
     inputs = [in_channels(space, sizes) for sizes in layers]
     mixed = activation_bytes < weight_bytes
-    each = [
-        FLOAT32 * 6 * hidden
-        + activation_bytes * (2 * width["query"] + 2 * sizes["kv"] * space.head_dim + 4 * sizes["ffn"])
-        + (activation_bytes * 2 * hidden if mixed else 0)  # the norms' results, cast for the products
-        for sizes, width in zip(layers, inputs, strict=True)
-    ]
+    casts = activation_bytes * 2 * hidden if mixed else 0  # the norms' results, cast for the products
+    each = [layer_bytes(space, sizes, activation_bytes) + casts for sizes in layers]
     saved = sum(each)
     if activation_checkpointing:
         saved = FLOAT32 * hidden * space.num_layers + max(each)  # what enters each layer, and one layer computed again
@@ -127,20 +130,46 @@ def estimate(
     sharded = engine == "fsdp"
     held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
     accumulates = rows > micro_batch_size
+    looked = teaching = 0
+    if teacher is not None:
+        looked = frozen_bytes(teacher, activation_bytes) // (shards if sharded else 1)
+        looked += activation_bytes * tokens * teacher.shape["hidden"]
+        if sharded:  # the root group stays, and a layer is computed while the next one is gathered
+            root, part = fsdp_groups(teacher, teacher.shape)
+            looked += activation_bytes * (root + 2 * part)
+        sizes = (in_layer(teacher.shape, layer) for layer in range(teacher.num_layers))
+        teaching = tokens * max(layer_bytes(teacher, each, activation_bytes) for each in sizes)
     return Memory(
         weights=held,
         gradients=held,
         moments=2 * held,
         activations=tokens * (saved + FLOAT32 * 3 * hidden),  # the last norm as any other
-        logits=min(tokens, max(1, CHUNK // space.vocab_size)) * space.vocab_size * (FLOAT32 + activation_bytes * mixed)
+        logits=logit_bytes(tokens, space.vocab_size, activation_bytes * mixed, teacher is not None)
         + FLOAT32 * hidden * (tokens + space.vocab_size),
         buckets=weight_bytes * params if engine == "ddp" and accumulates else 0,
         casts=activation_bytes * params if mixed and not sharded else 0,
         gathered=gathered_bytes(space, shape, activation_bytes) if sharded else 0,
+        teacher=looked,
+        teacher_pass=teaching,
         fisher=(held if sharded else FLOAT32 * params) if fisher else 0,
         samples=samples,
         solve=solve,
     )
+
+
+def layer_bytes(space: Space, shape: Shape, activation_bytes: int) -> int:
+    """Returns the bytes of a token's activations in a decoder layer of that shape."""
+    query, key = in_channels(space, shape)["query"], shape["kv"] * space.head_dim
+    return FLOAT32 * 6 * shape["hidden"] + activation_bytes * (2 * query + 2 * key + 4 * shape["ffn"])
+
+
+def logit_bytes(tokens: int, vocab_size: int, cast_bytes: int, taught: bool) -> int:
+    """Returns the bytes of a chunk's logits, which become their own gradient, cast for the products if those are bf16.
+
+    Taught by a teacher, half as many tokens have both models' logits and the logarithms of both distributions.
+    """
+    rows = min(tokens, max(1, CHUNK // (2 if taught else 1) // vocab_size))
+    return rows * vocab_size * ((4 if taught else 1) * FLOAT32 + cast_bytes)
 
 
 def gathered_bytes(space: Space, shape: Shape, compute_bytes: int) -> int:
@@ -159,9 +188,18 @@ def fsdp_groups(space: Space, shape: Shape) -> tuple[int, int]:
     return root, (space.num_params(shape) - root) // space.num_layers
 
 
-def default_engine(params: int, memory_bytes: float) -> str:
-    """Returns how ranks share a model: FSDP where weights, gradients and moments fill more than half of the memory."""
-    return "fsdp" if 2 * 4 * FLOAT32 * params > memory_bytes else "ddp"
+def frozen_bytes(teacher: Space | None, activation_bytes: int) -> int:
+    """Returns the bytes of a teacher's weights, which are kept as products take them; 0 without one."""
+    return activation_bytes * teacher.num_params(teacher.shape) if teacher else 0
+
+
+def default_engine(params: int, memory_bytes: float, frozen: int = 0) -> str:
+    """Returns how ranks share a model: FSDP where weights, gradients and moments fill more than half of the memory.
+
+    Args:
+        frozen: bytes of a teacher, which is shared in the same way.
+    """
+    return "fsdp" if 2 * (4 * FLOAT32 * params + frozen) > memory_bytes else "ddp"
 
 
 def in_channels(space: Space, shape: Shape) -> dict[str, int]:

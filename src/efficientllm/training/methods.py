@@ -22,7 +22,7 @@ GRADUAL = (
     "layout",
     "save_at",
 )
-AT_ONCE = (*SIZE, "allocation", "shape_of")
+AT_ONCE = (*SIZE, "allocation", "shape_of", "distill_hidden")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ METHODS = {
     "depth": Method(
         "begun",
         "removes whole layers of least block influence before the first step",
-        ("target_params", "prune_tokens", "calibration_tokens"),
+        ("target_params", "prune_tokens", "calibration_tokens", "distill_hidden"),
     ),
 }
 LIMITED = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.takes))  # flags that not all take

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,26 @@ class Metrics:
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._removed_last = False
-        self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape, tuple[str, ...]]] = []
         self._settled = time.perf_counter()
 
-    def add(self, row: dict[str, Any], loss: Tensor, norm: Tensor, removals: Sequence[Removal], shape: Shape) -> None:
-        """Takes one step: its row, with warnings but without figures, and what it removed on the way to `shape`."""
-        self._pending.append((row, torch.stack([loss, norm.to(loss.dtype)]), removals, shape))
+    def add(
+        self,
+        row: dict[str, Any],
+        loss: Tensor,
+        norm: Tensor,
+        removals: Sequence[Removal],
+        shape: Shape,
+        parts: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Takes one step: its row, with warnings but without figures, and what it removed on the way to `shape`.
+
+        Args:
+            parts: of the loss, by the names that the row gives them.
+        """
+        parts = parts or {}
+        figures = torch.stack([loss, norm.to(loss.dtype), *parts.values()])
+        self._pending.append((row, figures, removals, shape, tuple(parts)))
 
     def settle(self) -> list[dict[str, Any]]:
         """Returns the rows of the steps since the last call; waits for the device.
@@ -44,12 +58,12 @@ class Metrics:
         pending, self._pending = self._pending, []
         if not pending:
             return []
-        numbers = torch.stack([figures for _, figures, _, _ in pending]).tolist()
+        numbers = torch.stack([figures for _, figures, *_ in pending]).tolist()
         speed = round(len(pending) * self.batch_tokens / (time.perf_counter() - self._settled), 1)
         self.begin_timing()
         return [
-            self._finish({**row, "tokens_per_second": speed}, loss, norm, removals, shape)
-            for (row, _, removals, shape), (loss, norm) in zip(pending, numbers, strict=True)
+            self._finish({**row, **_finite(names, parts), "tokens_per_second": speed}, loss, norm, removals, shape)
+            for (row, _, removals, shape, names), (loss, norm, *parts) in zip(pending, numbers, strict=True)
         ]
 
     def begin_timing(self) -> None:
@@ -85,7 +99,11 @@ class Metrics:
                 f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']}); "
                 "lower --lr"
             )
-        row["loss"] = loss if math.isfinite(loss) else None
-        row["grad_norm"] = norm if math.isfinite(norm) else None
+        row |= _finite(("loss", "grad_norm"), (loss, norm))
         row["skipped"] = self.skipped
         return {**row, "warnings": warnings} if warnings else row
+
+
+def _finite(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float | None]:
+    """Returns numbers by name, None for what is not finite: JSON has no word for it."""
+    return {name: number if math.isfinite(number) else None for name, number in zip(names, numbers, strict=True)}

@@ -24,6 +24,7 @@ from efficientllm.space.limits import Limits
 from efficientllm.training.budget import Budget, params_budget
 from efficientllm.training.config import RunConfig
 from efficientllm.training.recipe import Recipe
+from efficientllm.training.teacher import pass_flops
 
 if TYPE_CHECKING:
     from efficientllm.delivery.gguf_size import FileSize
@@ -40,6 +41,7 @@ class Plan:
         flops: of the whole run, every shape at its own cost; `lowest` and `highest` over the orders of kinds.
         masked: FLOPs if the pruning phase only masked, at the source's shape.
         unpruned: FLOPs of as many steps at the source's shape.
+        teacher: the space of `--distill`'s; `teaching` the FLOPs of its passes, which the others do not count.
     """
 
     source: Shape
@@ -53,6 +55,8 @@ class Plan:
     highest: float
     masked: float
     unpruned: float
+    teacher: Space | None = None
+    teaching: float = 0.0
 
     @property
     def end(self) -> Shape:
@@ -71,6 +75,7 @@ def make_plan(
     recipe: Recipe,
     kinds: Sequence[str] | None = None,
     budget: Budget | None = None,
+    teacher: Space | None = None,
 ) -> Plan:
     """Returns the plan of a run; `kinds` is the order of removals to follow, by default all kinds go in proportion.
 
@@ -118,6 +123,8 @@ def make_plan(
         highest=max(total, *others),
         masked=before * pruning + after * (steps - pruning),
         unpruned=before * steps,
+        teacher=teacher,
+        teaching=config.batch_tokens * pass_flops(teacher, config.seq_len) * steps,
     )
 
 

@@ -54,6 +54,13 @@ class Engine(Layout):
         self._compile(model)
         return model
 
+    def frozen(self, model: "PreTrainedModel") -> Any:
+        """Returns a model that only looks: on its device, without gradients, its weights as products take them."""
+        freeze_(model, self.precision)
+        owned_(model).to(self.device)
+        self._compile(model)
+        return model
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns what a forward pass runs under."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -138,6 +145,14 @@ class Engine(Layout):
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype of weights and moments: float32, or a model's own where that is wider."""
     return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
+def freeze_(model: nn.Module, precision: Precision) -> None:
+    """Puts a model into evaluation mode, without gradients, its parameters (not its buffers) in the products' dtype."""
+    model.eval().requires_grad_(False)
+    dtype = torch.bfloat16 if precision == "bf16" else training_dtype(model)
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
 
 
 def on_meta(model: "PreTrainedModel") -> Any:

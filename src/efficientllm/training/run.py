@@ -10,6 +10,7 @@ import torch
 from efficientllm.delivery.load import build_model, empty_model, load_config, load_model
 from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
+from efficientllm.space import Space
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, open_checkpoint
 from efficientllm.training.config import RunConfig, validate
 from efficientllm.training.corpus import Corpus, open_corpus
@@ -19,7 +20,7 @@ from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch
+from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch, frozen_bytes
 from efficientllm.training.methods import METHODS
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
@@ -27,6 +28,7 @@ from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
 from efficientllm.training.session import Run
 from efficientllm.training.shapes import start_config
 from efficientllm.training.source import Source, open_source
+from efficientllm.training.teacher import load_teacher, pass_flops, teacher_name
 from efficientllm.training.words import widths_text
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def _begin(config: RunConfig, out: Path) -> int:
     check_new(out)
     source = open_source(config)
     engine, recipe, config = _decide(config, source)
-    model = _initial_model(config, engine)
+    model, teacher = _initial_model(config, engine), load_teacher(config, engine)
     display = Display(recipe.total_steps, quiet=not engine.is_main)
     _introduce(display, config, source, recipe, engine)
 
@@ -63,7 +65,7 @@ def _begin(config: RunConfig, out: Path) -> int:
 
     engine.first(make_folder)
     corpus = _open_corpus(config, source, out / "data", display)
-    code = Run(config, out, source, recipe, corpus, display, engine).go(model, None)
+    code = Run(config, out, source, recipe, corpus, display, engine).go(model, None, teacher)
     engine.close()
     return code
 
@@ -97,7 +99,8 @@ def _resume(config: RunConfig, out: Path) -> int:
     engine.first(change_folder)
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
     model = empty_model(checkpoint.config(), str(out)) if checkpoint else _initial_model(config, engine)
-    code = Run(config, out, source, recipe, corpus, display, engine).go(model, checkpoint)
+    teacher = load_teacher(config, engine)
+    code = Run(config, out, source, recipe, corpus, display, engine).go(model, checkpoint, teacher)
     engine.close()
     return code
 
@@ -107,8 +110,9 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
     device = find_device()
     params = source.space.num_params(source.limits.source)
     free = least_of_ranks(memory_bytes(device), device)
-    name = config.engine or ("fsdp" if config.shards else default_engine(params, free))
     precision = config.precision or default_precision(device, params)
+    by_size = default_engine(params, free, frozen_bytes(source.teacher, PRECISIONS[precision]))
+    name = config.engine or ("fsdp" if config.shards else by_size)
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
@@ -127,6 +131,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
         activation_bytes=PRECISIONS[engine.precision],
         engine=engine.name,
         shards=engine.shards,
+        teacher=source.teacher,
     )
     found = {"lr": recipe.lr, "micro_batch_size": micro_batch_size, "precision": precision, "threads": threads}
     return engine, recipe, replace(config, **found)  # type: ignore[arg-type]
@@ -198,6 +203,8 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
         f"learning rate {recipe.lr:g} ({recipe.lr_reason}), weight decay {recipe.weight_decay:g}, "
         f"micro-batches of {config.micro_batch_size} × {config.seq_len}"
     )
+    if source.teacher:
+        say(_teacher_text(config, source, source.teacher))
     threads = f", {config.threads} threads" if engine.device.type == "cpu" else ""
     say(f"{engine.device.type}, {engine.precision}{threads}{', compiled' if engine.compiles else ''}")
     if engine.num_ranks > 1:
@@ -214,3 +221,16 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
         display.warn(
             "the source has a chat template: raw text unlearns its alignment; train on 'messages', or align again"
         )
+
+
+def _teacher_text(config: RunConfig, source: Source, teacher: Space) -> str:
+    """Returns what the teacher is, what the loss is made of, and what its passes cost."""
+    weight, temperature, hidden = config.distill_weight, config.distill_temperature, config.distill_hidden
+    terms = f"{1 - weight:g} CE + {weight * temperature**2:g} KL at temperature {temperature:g}"
+    terms += f" + {hidden:g} distance of last states" if hidden else ""
+    share = pass_flops(teacher, config.seq_len) / source.space.flops_per_token(source.limits.source, config.seq_len)
+    end = share * source.budget.measure(source.limits.source) / source.budget.target
+    return (
+        f"teacher {teacher_name(config)}: {teacher.num_params(teacher.shape):,} parameters, frozen; loss = {terms}; "
+        f"its passes cost {share:.0%} of a step's FLOPs at the source's size, about {end:.0%} at the target's"
+    )

@@ -71,14 +71,23 @@ class Run:
         self.layer_removals: list[Removal] = []
         self.settle_steps = 1 if engine.device.type == "cpu" else SETTLE_STEPS
 
-    def go(self, model: "PreTrainedModel", checkpoint: Checkpoint | None) -> int:
+    def go(
+        self, model: "PreTrainedModel", checkpoint: Checkpoint | None, teacher: "PreTrainedModel | None" = None
+    ) -> int:
         """Trains to the end, or until a signal comes; returns the exit code."""
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.recipe.decay_start)
         try:
             if checkpoint is None and self.config.method == "depth":
                 self._remove_layers(model)
             self.trainer = Trainer(
-                model, self.config, self.recipe, self.source.limits, self.engine, self._landed, self.source.budget
+                model,
+                self.config,
+                self.recipe,
+                self.source.limits,
+                self.engine,
+                self._landed,
+                self.source.budget,
+                teacher,
             )
             if checkpoint:
                 self.trainer.restore(checkpoint)

@@ -14,6 +14,7 @@ from efficientllm.training.budget import Budget, open_budget, rounding
 from efficientllm.training.config import RunConfig
 from efficientllm.training.methods import METHODS
 from efficientllm.training.shapes import goal_shape, start_config
+from efficientllm.training.teacher import open_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class Source:
     dtype: torch.dtype
     family: str
     tokenizer: "PreTrainedTokenizerBase"
+    teacher: Space | None  # of `--distill`
 
 
 def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
@@ -70,23 +72,27 @@ def floors(config: RunConfig) -> dict[str, int | None]:
 
 
 def open_source(config: RunConfig) -> Source:
-    """Returns what `open_space` does with budget, tokenizer and the result's dtype; reads no weights.
+    """Returns what `open_space` does with budget, tokenizer, the result's dtype and the teacher; reads no weights.
 
     Raises:
-        UnsupportedModelError, BudgetError: as `open_space`, `load_tokenizer` and `open_budget`.
+        UnsupportedModelError, BudgetError, ConfigError: as `open_space`, `load_tokenizer`, `open_budget` and
+            `open_teacher`.
     """
     empty, space, limits = open_space(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     budget = open_budget(config, empty, space, limits, tokenizer)
-    num_params = space.num_params(limits.source)
+    whole = space
     if METHODS[config.method].when == "begun":
-        budget = replace(budget, target=num_params)
-        empty_source = empty_model(load_config(config.model, config.trust_remote_code), config.model)
-        num_params = sum(param.numel() for param in empty_source.parameters())
+        budget = replace(budget, target=space.num_params(limits.source))
+        source = load_config(config.model, config.trust_remote_code)
+        whole = find_space(empty_model(source, config.model), source.is_heterogeneous)
     elif config.shape_of is not None:
         goal = goal_shape(config, space, limits)
         budget = replace(budget, target=space.num_params(goal), goal=goal)
     stored = getattr(empty.config, "dtype", None)
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
+    teacher = open_teacher(config, whole, tokenizer)
     path = find_model(config.model, weights=config.init == "pretrained" and config.method != "scratch")
-    return Source(path, num_params, space, limits, budget, dtype, empty.config.model_type, tokenizer)
+    return Source(
+        path, whole.num_params(whole.shape), space, limits, budget, dtype, empty.config.model_type, tokenizer, teacher
+    )

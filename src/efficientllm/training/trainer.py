@@ -25,6 +25,7 @@ from efficientllm.training.methods import METHODS
 from efficientllm.training.metrics import Metrics
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
+from efficientllm.training.teacher import PARTS, Teacher
 from efficientllm.training.watching import Watch
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Trainer:
         engine: Engine,
         on_landing: Callable[[int], None],
         budget: Budget | None = None,
+        teacher: "PreTrainedModel | None" = None,
     ) -> None:
         self.config, self.recipe, self.engine = config, recipe, engine
         self.micro_batch_size = config.micro_batch_size or 1
@@ -66,6 +68,7 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         chunked_loss_(model, engine.compiled(loss_and_slopes_))
         model = engine.wrap(model)
+        self.teacher = Teacher(teacher, config, engine) if teacher is not None else None
         self.optimizer = make_optimizer(model, recipe)
         self._lr_factor = get_wsd_schedule(
             self.optimizer,
@@ -122,7 +125,8 @@ class Trainer:
         lr = self.recipe.lr * self._lr_factor(min(step, self.recipe.total_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, fishers = self._backward(step)
+        figures, fishers = self._backward(step)
+        loss, *parts = figures  # the saliency's gradients are those of all of the loss
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
         norm = self.engine.whole(get_total_norm(gradients))
         before = len(self.pruner.removals)
@@ -136,7 +140,8 @@ class Trainer:
         self.step = step
         row = {**self.row(phase), "lr": lr, "warnings": self._notes}
         self._notes = []
-        self.metrics.add(row, loss, norm, self.pruner.removals[before:], self.pruner.shape)
+        named = dict(zip(PARTS, parts, strict=False))  # the last one needs --distill-hidden
+        self.metrics.add(row, loss, norm, self.pruner.removals[before:], self.pruner.shape, named)
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -219,7 +224,7 @@ class Trainer:
             torch.cuda.set_rng_state(extra["random.cuda"], self.engine.device)
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Returns the loss of a batch, its gradient accumulated in the model, and the Fisher form's F if it is due.
+        """Returns a batch's loss and its parts, the gradient accumulated in the model, and the Fisher form's F if due.
 
         Raises:
             TrainingError: if memory runs out among several ranks, or with a single row.
@@ -240,7 +245,8 @@ class Trainer:
         smaller = max((each for each in divisors(rows) if 2 * each <= size), default=0)
         found = f"out of memory with {size} rows of {self.config.seq_len} tokens a pass"
         if not smaller:
-            raise TrainingError(f"{found}; add --activation-checkpointing, or more ranks with --engine fsdp")
+            less = ", or leave --distill out" if self.teacher else ""
+            raise TrainingError(f"{found}; add --activation-checkpointing, or more ranks with --engine fsdp{less}")
         if self.engine.num_ranks > 1:  # the others wait for a sum that this rank will not come to
             raise TrainingError(
                 f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}", one_rank=True
@@ -258,17 +264,25 @@ class Trainer:
         micro_batches = torch.split(batch, math.gcd(self.micro_batch_size, len(batch)))
         scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None
-        total = torch.zeros((), device=engine.device)
+        total = torch.zeros(1, device=engine.device)
+        if self.teacher and self.config.distill_hidden is not None:
+            self.teacher.follow(self.pruner.source_units("hidden"))
         for number, rows in enumerate(micro_batches, start=1):
             whole = number == len(micro_batches) or fisher is not None  # a square needs the gradient of all ranks
             with engine.accumulate(self.model, last=whole):
-                with engine.autocast():
-                    loss = engine.forward(self.model)(input_ids=rows, labels=rows, use_cache=False).loss
+                loss, parts = self._loss(rows)
                 (loss / len(micro_batches)).backward()
-            total += loss.detach()
+            total = total + torch.cat([loss.detach()[None], parts])
             if fisher:
                 fisher.add()
         return engine.mean(total) / len(micro_batches), fisher.finish() if fisher else None
+
+    def _loss(self, rows: Tensor) -> tuple[Any, Tensor]:
+        """Returns the loss of a micro-batch, and its parts if there is a teacher."""
+        lesson = self.teacher.lesson(rows) if self.teacher else None  # before the pass whose activations must stay
+        with self.engine.autocast():
+            output = self.engine.forward(self.model)(input_ids=rows, labels=rows, lesson=lesson, use_cache=False)
+        return output if lesson else (output.loss, output.loss.new_empty(0))
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
