@@ -492,7 +492,7 @@ def test_what_begins_small_learns_from_the_source(
     out, shape = tmp_path / "run", ["--shape-of", str(one_shot)] if method == "scratch" else []
     assert main(words_of(data, out, method, *shape, "--distill")) == 0
     source = numel(AutoModelForCausalLM.from_pretrained(SOURCE))
-    assert f"teacher {SOURCE}: {source:,} parameters" in " ".join(capsys.readouterr().err.split())
+    assert f"teacher {SOURCE}: {source:,} parameters" in " ".join(capsys.readouterr().out.split())
     check_run(out, method)
     assert all(row["kl"] > 0 for row in rows(out / "metrics.jsonl")[1:])
 

@@ -21,6 +21,7 @@ GRADUAL = (
     "compensate",
     "layout",
     "save_at",
+    "distill_hidden",
 )
 AT_ONCE = (*SIZE, "allocation", "shape_of", "distill_hidden")
 
