@@ -11,12 +11,15 @@ from scales import Scale
 CHOICES = {
     "efficientllm": ("the defaults", {}),
     "distill": ("--distill", {"distill": True}),
-    "fisher": ("--saliency fisher", {"saliency": "fisher"}),
+    "fisher": ("--saliency fisher, squares of single rows", {"saliency": "fisher", "micro_batch_size": 1}),
     "score-all": ("--score all", {"score": "all"}),
     "ema": ("--score-ema 0.9", {"score_ema": 0.9}),
     "no-stem": ("hidden size kept (--min-hidden 64)", {"min_hidden": 64}),
     "no-heads": ("heads kept (--min-kv 4)", {"min_kv": 4}),
     "per-layer": ("--layout per-layer", {"layout": "per-layer"}),
+    "score-all-compensate": ("--score all --compensate", {"score": "all", "compensate": True}),
+    "score-all-per-layer": ("--score all --layout per-layer", {"score": "all", "layout": "per-layer"}),
+    "score-all-distill": ("--score all --distill", {"score": "all", "distill": True}),
 }
 
 
