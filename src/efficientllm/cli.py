@@ -195,7 +195,7 @@ def _eval(given: argparse.Namespace) -> int:
         data_dir=given.data_dir,
         limit=limit,
         batch_size=batch_size,
-        out=given.out,
+        out=given.results,
         overwrite=given.overwrite,
         reading={"text_field": config.text_field, "txt_split": config.txt_split},
         trust_remote_code=config.trust_remote_code,

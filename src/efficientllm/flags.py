@@ -158,7 +158,9 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     )
     evaluate.add_argument("--limit", metavar="N", help="first items of each task, and documents of each text, alone")
     evaluate.add_argument("--batch-size", metavar="N", default="16", help="rows of a forward pass (default: 16)")
-    evaluate.add_argument("--out", metavar="JSON", help="file for everything, with errors, versions and hardware")
+    evaluate.add_argument(
+        "--out", dest="results", metavar="JSON", help="file for everything, with errors, versions and hardware"
+    )
     evaluate.add_argument("--overwrite", action="store_true", help="replace --out")
     _add_fields(evaluate, ("text_field", "txt_split", "trust_remote_code"))
 

@@ -49,7 +49,7 @@ class Score:
     """What a model scores in one task.
 
     Attributes:
-        metrics: (value, standard error) by the harness's name: acc, acc_norm, perplexity. No error from one item alone.
+        metrics: (value, standard error) by the harness's name: acc, acc_norm. No error from one item alone.
         num_items: items scored; `num_all` are those there are.
         truncated: requests whose context was cut on the left because the model's is shorter.
         parts: of a group, the metrics of its tasks.

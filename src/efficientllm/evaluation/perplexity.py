@@ -56,7 +56,7 @@ class TextScore:
 def ratio(above: Sequence[float], below: Sequence[int]) -> tuple[float, float | None]:
     """Returns Σ above / Σ below over documents, and its standard error with documents drawn independently.
 
-    The error is the ratio estimator's, with r the ratio: s² = n / (n-1) · Σ (a - r·b)² / (Σ b)². None from one document.
+    The error is the ratio estimator's, r the ratio: s² = n / (n-1) · Σ (a - r·b)² / (Σ b)². One document has none.
     """
     total = sum(below)
     value = sum(above) / total

@@ -1,8 +1,8 @@
 """The tasks by name, and rows of local files written in the fields of the harness's own data sets.
 
-A local file has a JSON object a line: `question`, `choices`, `gold` (the index of the right choice); MMLU also has
-`subject`; WinoGrande has `choices` (both contexts), `continuation` and `gold`; LAMBADA `question` and `continuation`. The
-harness's definition of a task takes all it needs from the fields made of them, so prompts and metrics are its own.
+A local file has a JSON object a line: `question`, `choices`, `gold` (the index of the right choice), and for MMLU
+`subject`; WinoGrande has `choices` (both contexts), `continuation` and `gold`.
+The harness's definition of a task works on the fields made of them, so prompts and metrics are its own.
 """
 
 import json
@@ -139,13 +139,6 @@ def _mmlu(row: Row) -> dict[str, Any]:
     }
 
 
-def _lambada(row: Row) -> dict[str, Any]:
-    word = _text(row, "continuation")
-    if not word or " " in word:
-        raise ValueError(f"continuation is {word!r}, not one word")
-    return {"text": f"{_text(row, 'question')} {word}"}
-
-
 TASKS = {
     task.name: task
     for task in (
@@ -157,7 +150,6 @@ TASKS = {
         Task("piqa", "piqa", "validation", "piqa_valid.jsonl", _piqa, "acc_norm"),
         Task("winogrande", "winogrande", "validation", "winogrande_dev.jsonl", _winogrande, "acc"),
         Task("mmlu", "mmlu/default", "test", "mmlu_test.jsonl", _mmlu, "acc"),
-        Task("lambada_openai", "lambada", "test", "lambada_openai_test.jsonl", _lambada, "acc"),
     )
 }
 SEVEN = (

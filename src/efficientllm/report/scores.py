@@ -31,7 +31,6 @@ TITLES = {
     "piqa": "PIQA",
     "winogrande": "WinoG",
     "mmlu": "MMLU",
-    "lambada_openai": "LAMBADA",
 }
 
 
@@ -134,6 +133,8 @@ def _load(tasks: Sequence[Task], data_dir: str | None) -> list[Any]:
         raise ConfigError(f"--tasks: {' and '.join(missing)} not installed; run pip install 'efficientllm[eval]'")
     from efficientllm.evaluation.harness import load_tasks
 
+    where = data_dir if folder else "the hub"
+    print(f"reading {', '.join(task.name for task in tasks)} from {where}", file=sys.stderr)
     return load_tasks(tasks, folder)
 
 
