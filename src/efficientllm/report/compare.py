@@ -17,22 +17,21 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # columns of a curve
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the table, from a run's figures
-    "run": lambda run: run["run"] + ("" if run["finished"] else " (unfinished)"),
-    "parameters": lambda run: f"{run['params']:,}",
-    "of the source": lambda run: f"{run['params'] / run['source_params']:.1%}",
-    "hidden": lambda run: f"{run['shape']['hidden_size']:,}",
-    "ffn": lambda run: f"{run['shape']['intermediate_size']:,}",
-    "heads": lambda run: f"{run['shape']['num_attention_heads']}/{run['shape']['num_key_value_heads']}",
+    "run": lambda run: run["run"] + ("" if run["finished"] else " *"),
+    "params": lambda run: f"{run['params']:,}",
+    "hidden·ffn·heads": lambda run: "{hidden_size}·{intermediate_size}·{heads}".format(
+        **run["shape"], heads=_heads(run)
+    ),
     "tokens": lambda run: format_count(run["tokens"]),
     "FLOPs": lambda run: "?" if run["flops"] is None else f"{run['flops']:.3g}",
     "time": lambda run: duration(run["seconds"]),
-    "source loss": lambda run: _loss(run["valid_loss"]["source"]),
-    "last loss": lambda run: _loss(run["valid_loss"]["last"]),
-    "best loss": lambda run: _loss(run["valid_loss"]["best"]),
+    "source": lambda run: _loss(run["valid_loss"]["source"]),
+    "last": lambda run: _loss(run["valid_loss"]["last"]),
+    "best": lambda run: _loss(run["valid_loss"]["best"]),
 }
 NOTES = (
-    "Losses are on each run's own validation data, in nats per token. Time is that of the training steps; FLOPs are "
-    "what the model needs at the shape that each step computed in."
+    "source, last, best: loss on the run's own validation data, nats per token. time: of the training steps alone. "
+    "FLOPs: what the model needs in the shape of each step. heads: query/key-value."
 )
 
 
@@ -91,7 +90,7 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
     """Returns the table in Markdown, with what its figures mean."""
     rows = [list(COLUMNS), ["---", *("---:" for _ in list(COLUMNS)[1:])], *([*_cells(run)] for run in figures)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return f"{table}\n\n{NOTES}\n"
+    return f"{table}\n\n{_notes(figures)}\n"
 
 
 def spark(values: Sequence[float | None], low: float, high: float) -> str:
@@ -125,13 +124,14 @@ def _print(figures: Sequence[dict[str, Any]], histories: Sequence[History]) -> N
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        first = column == "run"
+        table.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for run in figures:
         table.add_row(*(escape(cell) for cell in _cells(run)))
     console.print(table)
-    console.print(NOTES, soft_wrap=True)
+    console.print(_notes(figures), markup=False, soft_wrap=True)
     end = max(history.tokens for history in histories)
     if end:
         _print_curves(console, figures, histories, end)
@@ -161,8 +161,16 @@ def _print_curves(
             console.print(f"{spark(curve, low, high)}  {run['run']}", markup=False, soft_wrap=True)
 
 
+def _notes(figures: Sequence[dict[str, Any]]) -> str:
+    return NOTES + ("" if all(run["finished"] for run in figures) else " *: not finished.")
+
+
 def _cells(run: dict[str, Any]) -> list[str]:
     return [cell(run) for cell in COLUMNS.values()]
+
+
+def _heads(run: dict[str, Any]) -> str:
+    return f"{run['shape']['num_attention_heads']}/{run['shape']['num_key_value_heads']}"
 
 
 def _loss(loss: float | None) -> str:

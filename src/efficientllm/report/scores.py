@@ -184,30 +184,27 @@ def _print_texts(console: "Console", found: Sequence[Evaluation]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    table.add_column("text", overflow="fold")
-    table.add_column("model", overflow="fold")
-    for name in ("params", "documents", "tokens", "bytes", "perplexity", "bits per byte"):
-        table.add_column(name, justify="right")
-    for name in found[0].texts:
+    for name, text in found[0].texts.items():
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+        table.add_column("text", overflow="fold")
+        for column in ("params", "tokens", "perplexity", "bits per byte"):
+            table.add_column(column, justify="right")
         for each in found:
-            text = each.texts[name]
+            own = each.texts[name]
             table.add_row(
-                escape(name) if each is found[0] else "",
                 escape(each.model),
                 format_count(each.num_params),
-                f"{len(text.nats):,}",
-                f"{sum(text.num_tokens):,}",
-                f"{sum(text.num_bytes):,}",
-                _with_error(*text.perplexity),
-                _with_error(*text.bits_per_byte),
+                f"{sum(own.num_tokens):,}",
+                _with_error(*own.perplexity),
+                _with_error(*own.bits_per_byte),
             )
-    console.print(table)
+        console.print(table)
+        console.print(
+            f"{name}: {len(text.nats):,} documents, {sum(text.num_bytes):,} bytes", markup=False, soft_wrap=True
+        )
     console.print(
-        "perplexity is per token, which compares only where the tokenizer is the same; bits per byte always do",
-        soft_wrap=True,
+        "perplexity is per token and compares within one tokenizer, bits per byte across them\n", soft_wrap=True
     )
-    console.print()
 
 
 def _percent(value: float, error: float | None) -> str:
