@@ -130,9 +130,13 @@ def test_a_local_file_is_scored_as_the_harness_defines_the_task(
     """Where the best choice by hand is called right, every item must be right: one other prediction would show."""
     rng = random.Random(name)
     rows, raw, by_length, by_bytes = [], [], [], []
+    asked: list[tuple[str, str]] = []
+    likelihoods: list[float] = []
     while len(rows) < 12 or (TASKS[name].metric == "acc_norm" and by_length in (raw, by_bytes)):
         row, prompts = MAKERS[name](rng)
         values, choices = [by_hand(model, tokenizer, *prompt) for prompt in prompts], row["choices"]
+        asked += prompts
+        likelihoods += values
         rows.append(row)
         raw.append(best(values, [1] * len(values)))
         by_length.append(best(values, [len(choice) for choice in choices]))
@@ -142,6 +146,13 @@ def test_a_local_file_is_scored_as_the_harness_defines_the_task(
         write(tmp_path, name, [{**row, "gold": gold} for row, gold in zip(rows, golds, strict=True)])
         return scored(model, tokenizer, tmp_path, name, limit)
 
+    write(tmp_path, name, [{**row, "gold": gold} for row, gold in zip(rows, raw, strict=True)])
+    (loaded,) = load_tasks(find_tasks(name), tmp_path)
+    score(model, tokenizer, loaded, limit=None, batch_size=5, advance=lambda done, total: None)
+    (task,) = loaded.parts["tasks"].values()
+    requests = sorted(task.instances, key=lambda request: (request.doc_id, request.idx))
+    assert [request.args for request in requests] == asked
+    assert [request.resps[0][0] for request in requests] == pytest.approx(likelihoods, rel=1e-4)
     right = found(raw)
     assert right.metrics["acc"] == (1.0, 0.0) and right.num_items == right.num_all == len(rows)
     mixed = [

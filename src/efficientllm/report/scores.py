@@ -186,7 +186,7 @@ def _print_texts(console: "Console", found: Sequence[Evaluation]) -> None:
 
     for name, text in found[0].texts.items():
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-        table.add_column("text", overflow="fold")
+        table.add_column("model", overflow="fold")
         for column in ("params", "tokens", "perplexity", "bits per byte"):
             table.add_column(column, justify="right")
         for each in found:
