@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src/efficientllm"
-LAYERS = ["space", "pruning", "delivery", "training", "report", "demo", "cli"]  # lowest first
+LAYERS = ["space", "pruning", "delivery", "training", "evaluation", "report", "demo", "cli"]  # lowest first
 BESIDE = {"errors", "numbers"}
 MATHEMATICS = ["saliency", "selection", "schedule", "compensation", "trajectory"]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -52,6 +52,7 @@ def _run(arguments: list[str]) -> int:
         given, left = verbs[verb].parse_known_intermixed_args(arguments[1:])
         if left:
             raise ConfigError(f"{verb}: '{left[0]}' is one value too many; for several values repeat the flag")
+        given.words = arguments
         handler: Callable[[argparse.Namespace], int] = given.handler
         return handler(given)
     if verb.startswith("-"):
@@ -178,6 +179,45 @@ def _bench(given: argparse.Namespace) -> int:
     )
 
 
+def _eval(given: argparse.Namespace) -> int:
+    config = _checked(given)
+    from efficientllm.evaluation.tasks import find_tasks
+
+    names = given.tasks if given.tasks is not None else "" if given.text else "commonsense"
+    if given.data_dir is not None and not names:
+        raise ConfigError(f"--data-dir {given.data_dir} is for tasks; add --tasks, or leave it out")
+    limit = None if given.limit is None else _at_least_one(given.limit, "--limit")
+    tasks, batch_size = find_tasks(names) if names else [], _at_least_one(given.batch_size, "--batch-size")
+    from efficientllm.report.scores import eval_command
+
+    return eval_command(
+        given.models,
+        tasks,
+        given.text,
+        data_dir=given.data_dir,
+        limit=limit,
+        batch_size=batch_size,
+        out=given.results,
+        overwrite=given.overwrite,
+        reading={"text_field": config.text_field, "txt_split": config.txt_split},
+        trust_remote_code=config.trust_remote_code,
+        arguments=given.words,
+    )
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from efficientllm.report.compare import compare
+
+    return compare(given.runs, out=given.out, overwrite=given.overwrite)
+
+
+def _at_least_one(text: str, flag: str) -> int:
+    number = parse_count(text, flag)
+    if number < 1:
+        raise ConfigError(f"{flag} {text} is below 1; give a whole number from 1")
+    return number
+
+
 def _check_choice(flag: str, value: str | None, known: Sequence[str]) -> None:
     if value is not None and value not in known:
         raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
@@ -210,5 +250,7 @@ HANDLERS = {
     "generate": _generate,
     "export": _export,
     "bench": _bench,
+    "eval": _eval,
+    "compare": _compare,
     "push": _push,
 }

@@ -156,6 +156,30 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     bench.add_argument("--json", action="store_true", help="print numbers for programs")
     _add_fields(bench, ("trust_remote_code",))
 
+    evaluate = add("eval", "MODEL... [--tasks NAMES] [--text FILE] [flags]", "scores models in tasks and on text")
+    evaluate.add_argument("models", metavar="MODEL", nargs="+", help="run folder, model folder or hub id")
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks with commas between them; commonsense is the paper's eight (default, if there is no --text)",
+    )
+    evaluate.add_argument("--data-dir", metavar="DIR", help="local files of the tasks (default: the hub's data sets)")
+    evaluate.add_argument(
+        "--text", metavar="FILE", action="append", default=[], help="text for perplexity and bits per byte (repeat)"
+    )
+    evaluate.add_argument("--limit", metavar="N", help="first items of each task, and documents of each text, alone")
+    evaluate.add_argument("--batch-size", metavar="N", default="16", help="rows of a forward pass (default: 16)")
+    evaluate.add_argument(
+        "--out", dest="results", metavar="JSON", help="file for everything, with errors, versions and hardware"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="replace --out")
+    _add_fields(evaluate, ("text_field", "txt_split", "trust_remote_code"))
+
+    compare = add("compare", "RUN... [--out FILE] [--overwrite]", "shows runs side by side, from their folders")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not")
+    compare.add_argument("--out", metavar="FILE", help="the table as .md, or everything as .json")
+    compare.add_argument("--overwrite", action="store_true", help="replace --out")
+
     push = add("push", "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
     push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")
