@@ -16,7 +16,7 @@ from efficientllm.numbers import format_count
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig, flag_name
 from efficientllm.training.corpus import Corpus
-from efficientllm.training.device import is_out_of_memory
+from efficientllm.training.device import held_memory, is_out_of_memory
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture, on_device
 from efficientllm.training.interruption import Interruption
@@ -109,7 +109,8 @@ class Run:
         """Trains until the run is done; returns 0, or the number of the signal that stopped it before."""
         trainer, recipe, config = self.trainer, self.recipe, self.config
         if trainer.step == 0:
-            self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0}))
+            warned = {"warnings": self.display.warned} if self.display.warned else {}
+            self._log(self._validated({**trainer.row(trainer.phase), "epoch": 0.0, **warned}))
         saved = time.monotonic()
         signal = 0
         trainer.metrics.begin_timing()
@@ -127,8 +128,10 @@ class Run:
             if not (removals or validates or saves or overdue or signal or step % self.settle_steps == 0):
                 continue  # nothing waits for the device
             *rows, last = trainer.metrics.settle()
+            memory = held_memory(self.engine.device)
             for row in [*rows, self._validated(last) if validates else last]:
-                self._log({**row, "epoch": round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)})
+                epoch = round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)
+                self._log({**row, "epoch": epoch, "memory_bytes": memory})
                 for message in row.get("warnings", ()):
                     self.display.warn(f"step {row['step']}: {message}")
             if saves or overdue:
