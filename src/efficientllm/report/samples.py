@@ -100,21 +100,25 @@ def _write(run: History, trust_remote_code: bool) -> list[dict[str, str]]:
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = torch.tensor([[*opening, *tokens[start : start + PROMPT]] for start in starts])
 
-    def text(ids: Any) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    def text(ids: Sequence[int]) -> str:
+        """Returns ids as text, up to where the document ends."""
+        cut = next((n for n, each in enumerate(ids) if n and each in separators), len(ids))
+        return str(tokenizer.decode(ids[:cut], skip_special_tokens=True))
 
     written = {}
     for name, path in (("source", source), ("result", result)):
         model = load_model(path, trust_remote_code=trust_remote_code)
-        written[name] = [text(ids) for ids in _continue(model, prompts, tokenizer.eos_token_id)]
+        written[name] = [text(ids) for ids in _continue(model, prompts, tokenizer.eos_token_id).tolist()]
         del model  # one of them at a time in memory
-    samples = []
-    for number, start in enumerate(starts):
-        after = list(tokens[start + PROMPT : start + PROMPT + NEW])
-        cut = next((n for n, token in enumerate(after) if token in separators), len(after))
-        made = {name: texts[number] for name, texts in written.items()}
-        samples.append({"prompt": text(prompts[number]), **made, "reference": text(after[:cut])})
-    return samples
+    return [
+        {
+            "prompt": text(prompts[number].tolist()),
+            "source": written["source"][number],
+            "result": written["result"][number],
+            "reference": text(tokens[start + PROMPT : start + PROMPT + NEW]),
+        }
+        for number, start in enumerate(starts)
+    ]
 
 
 def _continue(model: Any, prompts: "torch.Tensor", eos: int | None) -> "torch.Tensor":
