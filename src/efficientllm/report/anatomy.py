@@ -1,7 +1,7 @@
 """What a run took from the model: widths of every layer before and after, and which units went when, as SVG numbers."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,14 @@ from efficientllm.numbers import format_count
 from efficientllm.report.charts import WIDTH, picked
 from efficientllm.space.dims import KINDS
 
-WORDS = {"hidden": "hidden dimensions", "ffn": "FFN channels", "kv": "key-value heads", "query": "query heads"}
-AGES = 5  # shades from the first to the last removal
+WORDS = {
+    "layer": "layers",
+    "hidden": "hidden dimensions",
+    "ffn": "FFN channels",
+    "kv": "key-value heads",
+    "query": "query heads",
+}
+AGES = 5  # shades, each of a fifth of the removals
 MOST_CELLS = 96  # beside each other; more units than that share cells
 ENDS = 34.0  # right of a heat map, for shares
 NUMBERS = 20.0  # left of the layers, for their numbers
@@ -74,11 +80,6 @@ class HeatMap:
     ends: tuple[str, str]
 
 
-def kind_of(name: str) -> str:
-    """Returns the kind that a name of a kind, bundle or dim speaks of: `layers.3.query.1` is of `query`."""
-    return next((part for part in name.split(".") if part in KINDS), name)
-
-
 def by_layer(value: int | Sequence[int], layers: int) -> list[int]:
     """Returns a size of every layer; a run of one shape logs it once, a run per layer as a list."""
     return [value] * layers if isinstance(value, int) else list(value)
@@ -95,47 +96,53 @@ def sizes_text(value: int | Sequence[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def architecture(first: Mapping[str, Any], last: Mapping[str, Any], layers: int, head_dim: int) -> Architecture:
-    """Returns the picture of the shape in the first row of metrics.jsonl and that in the last."""
+def architecture(
+    first: Mapping[str, Any], last: Mapping[str, Any], layers: int, head_dim: int, gone: Collection[int] = ()
+) -> Architecture:
+    """Returns the picture of the shape in the first row of metrics.jsonl and that in the last.
+
+    Args:
+        layers: of the source.
+        gone: layers that were removed whole.
+    """
     named = (
-        ("attention", "num_attention_heads", head_dim, " heads"),
-        ("hidden", "hidden_size", 1, ""),
-        ("FFN", "intermediate_size", 1, ""),
+        ("heads", "num_attention_heads", head_dim),
+        ("hidden", "hidden_size", 1),
+        ("FFN", "intermediate_size", 1),
     )
-    before = [[size * unit for size in by_layer(first[name], layers)] for _, name, unit, _ in named]
-    after = [[size * unit for size in by_layer(last[name], layers)] for _, name, unit, _ in named]
+    before = [[size * unit for size in by_layer(first[name], layers)] for _, name, unit in named]
+    after = [[size * unit for size in by_layer(last[name], layers)] for _, name, unit in named]
+    after = [[0 if layer in gone else size for layer, size in enumerate(sizes)] for sizes in after]
     scale = _scale([max(sizes) for sizes in before], WIDTH - NUMBERS - GAP * (len(named) - 1))
     row = min(22.0, max(2.5, 170 / layers))
     columns, x, top = [], NUMBERS, 34.0
-    for (title, name, _, unit), old, new in zip(named, before, after, strict=True):
+    for (title, name, _), old, new in zip(named, before, after, strict=True):
         sizes = sizes_text(first[name])
         if first[name] != last[name]:
             sizes += f" → {sizes_text(last[name])}"
         columns.append(
-            Column(title, sizes + unit, round(x, 1), _bars(old, x, top, row, scale), _bars(new, x, top, row, scale))
+            Column(title, sizes, round(x, 1), _bars(old, x, top, row, scale), _bars(new, x, top, row, scale))
         )
         x += max(LEAST_COLUMN, max(old) * scale) + GAP
     return Architecture(columns, layers, top, round(top + layers * row + 4, 1))
 
 
-def unit_maps(
-    removals: Sequence[Mapping[str, Any]], first: Mapping[str, Any], layers: int, end: float
-) -> list[UnitMap]:
+def unit_maps(removals: Sequence[Mapping[str, Any]], first: Mapping[str, Any], layers: int) -> list[UnitMap]:
     """Returns a map of every kind that lost units.
 
     Args:
         removals: rows of removals.jsonl.
         first: row of metrics.jsonl at the source's shape.
-        end: tokens at the last removal.
     """
     ages: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))  # by kind, strip and unit
     groups = by_layer(first["num_key_value_heads"], layers)[0]
     queries = by_layer(first["num_attention_heads"], layers)[0] // groups
-    for row in removals:
-        age = min(AGES - 1, int(AGES * row["tokens"] / max(end, 1)))
+    for number, row in enumerate(removals):
+        age = AGES * number // len(removals)
         for name, unit in row["units"].items():
-            strip, _, group = name.partition(".query.")
-            ages[kind_of(row["kind"])][strip.rpartition(".")[0] or strip][int(group or 0) * queries + unit] = age
+            strip = ".".join(name.split(".")[:2])  # "layers.3" of "layers.3.query.1", or "hidden"
+            group = int(name.rpartition(".")[2]) if ".query." in name else 0
+            ages[row["kind"]][strip][group * queries + unit] = age
     sizes = {
         "hidden": first["hidden_size"],
         "ffn": by_layer(first["intermediate_size"], layers)[0],
@@ -177,10 +184,9 @@ def taken(removals: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]
     """Returns of every kind that lost units: its name in words, the parameters it gave, and their share of all."""
     params: dict[str, int] = {}
     for row in removals:
-        kind = kind_of(row["kind"])
-        params[kind] = params.get(kind, 0) + row["params_before"] - row["params_after"]
+        params[row["kind"]] = params.get(row["kind"], 0) + row["params_before"] - row["params_after"]
     total = sum(params.values()) or 1
-    return [(WORDS[kind], params[kind], params[kind] / total) for kind in KINDS if kind in params]
+    return [(words, params[kind], params[kind] / total) for kind, words in WORDS.items() if kind in params]
 
 
 def _map(kind: str, units: int, ages: Mapping[str, Mapping[int, int]], layers: int) -> UnitMap:

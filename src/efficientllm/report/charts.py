@@ -78,7 +78,7 @@ def panel(
     y_range: tuple[float, float] | None = None,
     rule: tuple[float, str] | None = None,
 ) -> Panel | None:
-    """Returns the chart of lines that share both axes; None if there is nothing to draw.
+    """Returns the chart of lines that share both axes; None if no two points stand beside each other.
 
     Args:
         y_format: by default as many decimals as the ticks need.
@@ -88,9 +88,9 @@ def panel(
     """
     kept = [replace(line, points=[p for p in line.points if _drawable(p, log)]) for line in lines]
     kept = [line for line in kept if line.points]
-    if not kept:
-        return None
     xs = [x for line in kept for x, _ in line.points]
+    if len(set(xs)) < 2:
+        return None
     ys = [y for line in kept for _, y in line.points]
     low, high = y_range or (min(ys), max(ys))
     if from_zero:

@@ -32,6 +32,7 @@ from efficientllm.report.series import (
     SIZES,
     elapsed,
     end_of_pruning,
+    gone_layers,
     lowest_saliencies,
     model_config,
     num_layers,
@@ -83,6 +84,8 @@ def _loss_and_size(run: History) -> Figure:
         panel("Loss", lines, "tokens", format_count, y_range=y_range, rule=rule),
         size_panel([(format_count(run.params), run)], rule),
     ]
+    if any("ce" in row for row in run.rows):
+        caption += "Training loss: its part on the text alone, without the teacher's. "
     return Figure("loss", "Loss and size", caption, panels=kept(panels))
 
 
@@ -117,7 +120,7 @@ def _anatomy(run: History) -> Figure:
     heats = [heat_map(f"Share of the {label} that went, by layer", run.rows, SIZES[label], layers) for label in LAYERED]
     caption = (
         "A row is a layer, the first at the bottom; pale is the source, solid what is left. All widths are on one "
-        "scale; attention is heads times head size."
+        "scale; heads are as wide as their number times the head size."
     )
     if any(heats):
         caption += (
@@ -135,8 +138,7 @@ def _anatomy(run: History) -> Figure:
 
 
 def _units(run: History) -> Figure:
-    end = run.removals[-1]["tokens"] if run.removals else 0
-    maps = unit_maps(run.removals, run.rows[0], num_layers(run), end) if run.removals else []
+    maps = unit_maps(run.removals, run.rows[0], num_layers(run))
     shared = max((each.in_cell for each in maps), default=1)
     cells = f"one unit, or up to {shared} neighbours and the share of them that went" if shared > 1 else "one unit"
     return Figure(
@@ -181,7 +183,7 @@ def architecture_of(run: History) -> Architecture | None:
     config = model_config(run)
     first, heads = run.rows[0], config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (config["hidden_size"] // heads if heads else None)
-    return architecture(first, run.rows[-1], num_layers(run), head_dim) if head_dim else None
+    return architecture(first, run.rows[-1], num_layers(run), head_dim, gone_layers(run)) if head_dim else None
 
 
 def size_panel(runs: Sequence[tuple[str, History]], rule: tuple[float, str] | None) -> Panel | None:

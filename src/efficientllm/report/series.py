@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from efficientllm.report.anatomy import kind_of, mean_size, sizes_text
+from efficientllm.report.anatomy import mean_size, sizes_text
 from efficientllm.report.charts import Point
 from efficientllm.report.history import History
 
@@ -20,8 +20,9 @@ SIZES = {  # fields of metrics.jsonl by what they count
 
 
 def training_loss(run: History) -> list[Point]:
-    """Returns (tokens, loss) of every step whose loss was finite."""
-    return [(row["tokens"], row["loss"]) for row in run.rows if row["loss"] is not None]
+    """Returns (tokens, loss on the text) of every step whose loss was finite; a teacher's part is left out."""
+    losses = [(row["tokens"], row.get("ce", row["loss"])) for row in run.rows]
+    return [(tokens, loss) for tokens, loss in losses if loss is not None]
 
 
 def lowest_saliencies(removals: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -32,11 +33,7 @@ def lowest_saliencies(removals: Sequence[Mapping[str, Any]]) -> dict[str, list[P
         if row["step"] == seen:  # later ones of a step come after what has just gone
             continue
         seen = row["step"]
-        lowest: dict[str, float] = {}
-        for name, saliency in row["saliencies"].items():
-            kind = kind_of(name)
-            lowest[kind] = min(saliency, lowest.get(kind, saliency))
-        for kind, saliency in lowest.items():
+        for kind, saliency in row["saliencies"].items():
             series.setdefault(kind, []).append((row["tokens"], saliency))
     return series
 
@@ -62,7 +59,7 @@ def elapsed(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def model_config(run: History) -> dict[str, Any]:
-    """Returns a config.json that says what no pruning changes: layers and head size. Empty if none is found."""
+    """Returns a config.json that says the source's layers and the head size; empty if none is found."""
     kept = [run.folder / "model", *sorted(run.folder.glob("checkpoints/step-*"))]
     for folder in [*kept, Path(run.config["model"]).expanduser()]:
         try:
@@ -70,8 +67,15 @@ def model_config(run: History) -> dict[str, Any]:
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):
+            if folder in kept and "num_hidden_layers" in found:
+                found["num_hidden_layers"] += len(gone_layers(run))
             return found
     return {}
+
+
+def gone_layers(run: History) -> set[int]:
+    """Returns the source's layers that a run removed whole (`--method depth`)."""
+    return {row["units"]["layers"] for row in run.removals if "layers" in row["units"]}
 
 
 def num_layers(run: History) -> int:

@@ -65,6 +65,6 @@ def _anatomies(runs: Sequence[tuple[str, History]]) -> Figure:
         "architecture",
         "The architectures before and after",
         "A row is a layer, the first at the bottom; pale is the source, solid what is left. Within a picture all "
-        "widths are on one scale; attention is heads times head size.",
+        "widths are on one scale; heads are as wide as their number times the head size.",
         architectures=[(title, picture) for title, picture in pictures if picture],
     )
