@@ -24,6 +24,7 @@ class Chromium:
         # the browser reads from 3 and writes to 4; numbers above stay clear of both while they are moved
         ends = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (read_commands, write_answers)]
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        flags += ["--hide-scrollbars"]
         flags += [f"--user-data-dir={profile}", "--no-first-run", "--disable-background-networking", "about:blank"]
         moved = 'exec "$@" 3<&{} 4>&{}'.format(*ends)
         self._process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """`efficientllm report`: one page that shows a run, or several on the same axes; it needs no network and no script."""
 
 import math
-import warnings
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -58,7 +58,8 @@ def report_finished(folder: str) -> None:
         path = run.folder / PAGE
         write_page(path, render([run], [texts]))
     except Exception as error:  # whatever it is: the result stands
-        warnings.warn(f"no report: {error or type(error).__name__}; try efficientllm report {folder}", stacklevel=2)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"efficientllm: warning: no report: {reason}; try efficientllm report {folder}", file=sys.stderr)
         return
     print(f"report: {path}")
 
