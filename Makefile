@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-all test-edge bench
+.PHONY: install demo check test test-all browser test-edge bench
 
 install: $(STAMP)
 
@@ -25,8 +25,14 @@ check: install
 test: install
 	$(BIN)/pytest -m 'not slow'
 
-test-all: install
+test-all: install browser
 	$(BIN)/pytest
+
+# A run's page is looked at in a real browser; where none is and none can be installed, that test skips.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "no Chromium, and none could be installed: the test of a page in a browser skips"
 
 # llama.cpp is built from source here: minutes on many cores, up to half an hour on two.
 EDGE := .venv/.installed-edge

@@ -17,7 +17,7 @@ from efficientllm.cli import HANDLERS, main
 from efficientllm.flags import build_parser
 from efficientllm.training.config import FIELDS, flag_name
 
-VERBS = ("inspect", "plan", "prepare", "prune", "generate", "export", "bench", "eval", "compare", "push")
+VERBS = ("inspect", "plan", "prepare", "prune", "report", "generate", "export", "bench", "eval", "compare", "push")
 
 
 def run_cli(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:

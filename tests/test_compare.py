@@ -12,8 +12,10 @@ import yaml
 from efficientllm.cli import main
 from efficientllm.delivery.load import empty_model, load_config
 from efficientllm.report.compare import BARS, binned, duration, spark
-from efficientllm.report.history import History, read_run, shape_of, training_flops
+from efficientllm.report.history import History, read_run, shape_of, step_shapes, training_flops
 from efficientllm.space import find_limits, find_space
+from efficientllm.space.dims import widths
+from efficientllm.training.config import RunConfig
 from efficientllm.training.plan import read_kinds
 
 SOURCE = Path(__file__).parent.parent / "src/efficientllm/demo/model"
@@ -51,7 +53,7 @@ def test_history(run: Path) -> None:
     assert history.finished and history.config["target_params"] == 560_000
     assert (history.source_params, history.tokens) == (602_976, STEPS * BATCH)
     assert history.params == history.rows[-1]["params"] <= 560_000
-    assert len(history.rows) == len(history.shapes) == len(history.flops or ()) == STEPS + 1
+    assert len(history.rows) == len(history.flops or ()) == STEPS + 1
     assert [removal["kind"] for removal in history.removals] == read_kinds(str(run))
     assert [tokens for tokens, _ in history.valid_losses] == [step * BATCH for step in (0, 3, 6, 9, 10)]
     assert history.seconds == pytest.approx(sum(BATCH / row["tokens_per_second"] for row in history.rows[1:]))
@@ -78,10 +80,25 @@ def test_units_that_wait_for_a_tile_are_computed() -> None:
     space = find_space(empty_model(config, "M"))
     limits = find_limits(space, config, round_to=16)
     shape = {**space.shape, "ffn": space.shape["ffn"] - 17}
-    tokens, shapes = [0, 10, 30], [space.shape, shape, shape]
+    shapes = [space.shape, shape, shape]
+    params = [space.num_params(each) for each in shapes]
     whole = {**space.shape, "ffn": space.shape["ffn"] - 16}
     steps = [10 * space.flops_per_token(space.shape, 8), 20 * space.flops_per_token(whole, 8)]
-    assert training_flops(space, limits, tokens, shapes, 8) == [0, steps[0], sum(steps)]
+    computed = step_shapes(shapes, params, RunConfig(target_params=params[-1]), limits)
+    assert computed == [space.shape, whole]
+    assert training_flops(space, [0, 10, 30], computed, 8) == [0, steps[0], sum(steps)]
+    taught = training_flops(space, [0, 10, 30], computed, 8, teaching=7.0)
+    assert taught == [0, steps[0] + 70, sum(steps) + 210]
+
+
+def test_masks_are_computed_until_a_size_is_reached_and_what_goes_at_once_never() -> None:
+    limits = find_limits(find_space(empty_model(load_config(str(SOURCE)), "M")), load_config(str(SOURCE)))
+    shapes, params = [{"ffn": size} for size in (9, 8, 7, 6, 5, 5)], [90, 80, 70, 60, 50, 50]
+    masks = RunConfig(method="mask-only", target_params=55, save_at=(70,))
+    assert [each["ffn"] for each in step_shapes(shapes, params, masks, limits)] == [9, 9, 7, 7, 5]
+    at_once = RunConfig(method="one-shot", target_params=50)
+    shapes, params = [{"ffn": size} for size in (9, 5, 5)], [90, 50, 50]
+    assert [each["ffn"] for each in step_shapes(shapes, params, at_once, limits)] == [5, 5]
 
 
 def test_an_unfinished_run_needs_no_source(run: Path, tmp_path: Path) -> None:
@@ -127,6 +144,13 @@ def test_curves() -> None:
 def test_shape_of_a_row() -> None:
     row: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6}
     assert shape_of({**row, "num_key_value_heads": 3}) == {"hidden": 96, "ffn": 256, "kv": 3, "query": 2}
+    found = shape_of({**row, "intermediate_size": [256, 128], "num_key_value_heads": [3, 2]}, 2)
+    assert widths(found) == {
+        "hidden_size": 96,
+        "intermediate_size": [256, 128],
+        "num_attention_heads": 6,
+        "num_key_value_heads": [3, 2],
+    }
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def boolq(rng: random.Random) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def hellaswag(rng: random.Random) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    whole, cut, endings = text(rng, 9).capitalize(), text(rng, 3), [text(rng, 6) for _ in range(4)]
+    whole, endings = text(rng, 9).capitalize(), [text(rng, 6) for _ in range(4)]
+    cut = " ".join(rng.choices([word for word in WORDS if word[-1] not in ".?!"], k=3))  # no end of a sentence in it
     if rng.random() < 0.5:  # a cut phrase is capitalised; a context of whole sentences stays as it is
         question, prompt = f"Playing: {whole}. {cut}", f"Playing: {whole}. {cut.capitalize()}"
     else:

@@ -119,10 +119,34 @@ def _prune(given: argparse.Namespace) -> int:
         return _print(config)
     if given.resume and not config.out:
         raise ConfigError("--out is missing; name the run folder to go on with")
+    port = _port(given.live)
     validate(config, complete=not given.resume)
+    from efficientllm.report.live import followed
+    from efficientllm.report.page import report_finished
     from efficientllm.training.run import prune
 
-    return prune(config, resume=given.resume)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    with followed(config.out, port if main_rank else None):
+        code = prune(config, resume=given.resume)
+    if code == 0 and main_rank:
+        report_finished(config.out)
+    return code
+
+
+def _port(text: str | None) -> int | None:
+    """The port of `--live`; 0 is any free one, None no page."""
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) > 65535:
+        raise ConfigError(f"--live {text}: not a port; give a number up to 65535, or --live=0 for any free one")
+    return int(text)
+
+
+def _report(given: argparse.Namespace) -> int:
+    from efficientllm.report.page import report
+
+    trust = getattr(given, "trust_remote_code", False)
+    return report(given.runs, given.out, samples=not given.no_samples, trust_remote_code=trust)
 
 
 def _generate(given: argparse.Namespace) -> int:
@@ -247,6 +271,7 @@ HANDLERS = {
     "plan": _plan,
     "prepare": _prepare,
     "prune": _prune,
+    "report": _report,
     "generate": _generate,
     "export": _export,
     "bench": _bench,

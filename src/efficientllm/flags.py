@@ -124,6 +124,19 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     _add_groups(prune)
     _add_config(prune)
     prune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    prune.add_argument(
+        "--live",
+        metavar="PORT",
+        nargs="?",
+        const="0",
+        help="show the run on a page of this machine alone while it goes on (default: any free port)",
+    )
+
+    report = add("report", "RUN... [--out FILE]", "shows runs on one page that needs no network")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not")
+    report.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html)")
+    report.add_argument("--no-samples", action="store_true", help="load no models to write text before and after")
+    _add_fields(report, ("trust_remote_code",))
 
     generate = add("generate", 'MODEL "prompt" [flags]', "continues a prompt")
     _add_model(generate, required=True)

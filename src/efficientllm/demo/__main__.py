@@ -31,6 +31,7 @@ def main() -> int:
 def demo(source: Path, out: Path) -> int:
     """Prunes the model in `source` to half its parameters and shows both."""
     from efficientllm.delivery.load import load_model, load_tokenizer
+    from efficientllm.report.page import report_finished
     from efficientllm.training.logs import read_rows
     from efficientllm.training.run import prune
 
@@ -63,6 +64,7 @@ def demo(source: Path, out: Path) -> int:
         made = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.3, pad_token_id=0)
         samples[name] = tokenizer.decode(made[0], skip_special_tokens=True)
     show(rows[0], rows[-1], samples, out)
+    report_finished(str(out))
     return 0
 
 

@@ -51,6 +51,22 @@ def memory_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def held_memory(device: torch.device) -> int | None:
+    """Returns the bytes that this process holds: on a GPU the most since the last call, on a CPU what is resident now.
+
+    None where the system does not tell. Never waits for the device.
+    """
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def physical_cores() -> int:
     """Returns the cores that this process may run on, without the second threads of a core; at least 1.
 

@@ -16,11 +16,16 @@ PLAIN_SECONDS = 30.0  # at least one in so many seconds
 
 
 class Display:
-    """Shows the rows of metrics.jsonl as they come; also the run's other messages, in order."""
+    """Shows the rows of metrics.jsonl as they come; also the run's other messages, in order.
+
+    Attributes:
+        warned: every warning shown so far.
+    """
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self.total_steps = total_steps
+        self.warned: list[str] = []
         self._last = 0.0
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
@@ -48,6 +53,7 @@ class Display:
         self.console.print(message, markup=False)
 
     def warn(self, message: str) -> None:
+        self.warned.append(message)
         self.console.print(f"warning: {message}", style="yellow", markup=False)
 
     def calibrating(self, done: int, batches: int) -> None:

@@ -22,7 +22,7 @@ from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_check
 from efficientllm.training.config import FIELDS, RunConfig
 from efficientllm.training.corpus import Corpus
 from efficientllm.training.depth import remove_layers_
-from efficientllm.training.device import is_out_of_memory
+from efficientllm.training.device import held_memory, is_out_of_memory
 from efficientllm.training.evaluate import validation_loss
 from efficientllm.training.feed import batches, epochs, mixture, on_device
 from efficientllm.training.interruption import Interruption
@@ -148,8 +148,10 @@ class Run:
             if not (removals or validates or saves or overdue or signal or step % self.settle_steps == 0):
                 continue  # nothing waits for the device
             *rows, last = trainer.metrics.settle()
+            memory = held_memory(self.engine.device)
             for row in [*rows, self._validated(last) if validates else last]:
-                self._log({**row, "epoch": round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)})
+                epoch = round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)
+                self._log({**row, "epoch": epoch, "memory_bytes": memory})
                 for message in row.get("warnings", ()):
                     self.display.warn(f"step {row['step']}: {message}")
             if saves or overdue:
@@ -163,6 +165,8 @@ class Run:
         """Returns the row of step 0, the source's, when all has gone that goes before the first step."""
         trainer, removals = self.trainer, self.layer_removals
         row = {**trainer.row(trainer.phase), "epoch": 0.0}
+        if self.display.warned:
+            row["warnings"] = self.display.warned
         row = row | self.first_row if self.first_row else self._validated(row)
         if METHODS[self.config.method].when == "at once":
             trainer.feed = self._feed(0)
