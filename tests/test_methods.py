@@ -20,7 +20,8 @@ from efficientllm.pruning.trajectory import even, proportional, simulate, toward
 from efficientllm.space import find_limits, find_space
 from efficientllm.training.at_once import random_scores, remove_at_once, unit_scores
 from efficientllm.training.budget import Budget
-from efficientllm.training.config import RunConfig, validate
+from efficientllm.training.checks import validate
+from efficientllm.training.config import RunConfig
 from efficientllm.training.depth import block_influences, drop_layers_, least_influential, remove_layers_
 from efficientllm.training.methods import METHODS
 from efficientllm.training.process import Engine

@@ -13,6 +13,7 @@ from efficientllm.errors import ConfigError, EfficientLLMError
 from efficientllm.flags import LIMITS, TEXT, build_parser
 from efficientllm.numbers import parse_count
 from efficientllm.training.cards import read_cluster
+from efficientllm.training.checks import validate
 from efficientllm.training.config import (
     FIELDS,
     GGUF_TYPES,
@@ -21,7 +22,6 @@ from efficientllm.training.config import (
     from_dict,
     nearest,
     read_yaml,
-    validate,
 )
 
 

@@ -8,7 +8,7 @@ follow right after it (method.md section 7).
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -16,45 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from efficientllm.errors import BudgetError, UnsupportedModelError
+from efficientllm.errors import UnsupportedModelError
 from efficientllm.pruning.activations import InputSampler, compensate_
 from efficientllm.pruning.layerwise import damped_moments, layerwise_scores
 from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.norms import LiveNorms
+from efficientllm.pruning.planning import Plan, Planner, check_landing, complete_tiles
 from efficientllm.pruning.relabel import relabel_llama_
 from efficientllm.pruning.removal import check_state, count_live_, retire_
 from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, score_units, smooth
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
-from efficientllm.pruning.selection import (
-    Order,
-    Queue,
-    Removal,
-    can_land,
-    choose_kind,
-    is_landed,
-    o_columns,
-    queue_groups,
-)
+from efficientllm.pruning.selection import Order, Removal
 from efficientllm.space import Limits, find_limits, find_space
-from efficientllm.space.dims import KINDS, Measure, Shape, Space, kind_of, of_kind, shape_text
+from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What goes in one optimizer step.
-
-    Attributes:
-        removals: in their order.
-        units: what they take, in the present numbering, by dim name.
-        next_step: the pace's memory after them.
-    """
-
-    removals: list[Removal]
-    units: dict[str, list[int]]
-    next_step: float
 
 
 class Pruner:
@@ -110,17 +87,10 @@ class Pruner:
         self.source_params = space.num_params(self.limits.source)
         self.measure = measure or space.num_params
         self.source_size = self.measure(self.limits.source)
-        for rung, size in enumerate(self.targets):
-            if measure is None:
+        if measure is None:
+            for size in self.targets:
                 check_target(space, self.limits, size, "target")
-            before = [each for each in self.targets[:rung] if each < self.source_size]
-            if size < self.source_size and not can_land(self.limits.source, self.limits, self.measure, *before, size):
-                found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
-                raise BudgetError(
-                    f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
-                    f"{shape_text(self.limits.tile)}; floors {shape_text(self.limits.floor)}); ask for another size, "
-                    "or lower --round-to"
-                )
+        check_landing(self.limits, self.measure, self.targets)
         known = {id(param) for group in optimizer.param_groups for param in group["params"]}
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
         if missing:
@@ -140,6 +110,7 @@ class Pruner:
         self.step = 0
         self.next_step = 0.0
         self._ledger = Ledger(space)
+        self._planner = self._make_planner()
         self._plan: Plan | None = None
         self._norms = LiveNorms(self.layout.compiles)
         self._hooks = [
@@ -149,7 +120,7 @@ class Pruner:
         relabel_llama_(model)
         self._sampler = InputSampler(model, space) if compensate else None
         self._compact_before_saving()
-        while self.targets and self._is_landed():
+        while self.targets and self._planner.is_landed(self.shape):
             self.targets.pop(0)  # a target equal to the source is plain training
         count_live_(model, self._norms, space, {})
         self._rest_if_done()
@@ -181,7 +152,7 @@ class Pruner:
 
     def is_due(self, step: int) -> bool:
         """Returns whether a removal falls due at an optimizer step."""
-        return not self.done and self._is_due(step, self.next_step, self.measure(self.shape))
+        return not self.done and self._planner.is_due(step, self.next_step, self.shape)
 
     def score(self) -> None:
         """Scores the present gradients and plans this step's removals; a loop that clips calls it before it does.
@@ -236,7 +207,7 @@ class Pruner:
             scores: of every unit, by kind: (dims, units), infinity for those that are retired.
             order: which kinds go first at a shape; by default the one whose next group is least salient.
         """
-        plan = self._choose(step, scores, order)
+        plan = self._planner.plan(step, self.next_step, scores, self._ledger, order)
         self._execute(replace(plan, removals=[replace(removal, step=self.step) for removal in plan.removals]))
         self.forget_inputs()
         self._rest_if_done()
@@ -298,41 +269,7 @@ class Pruner:
             return nothing
         if self.score_ema:
             self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
-        return self._choose(step, scores) if due else nothing
-
-    def _choose(self, step: int, scores: Scores, order: Order | None = None) -> Plan:
-        queues = {bundle: queue_groups(score, self._ledger.counted(bundle, {})) for bundle, score in scores.items()}
-        shape, num_params, next_step = self.shape, self.space.num_params, self.next_step
-        removals: list[Removal] = []
-        units: dict[str, list[int]] = {}
-        while self._is_due(step, next_step, self.measure(shape)):
-            bundle = choose_kind(queues, shape, self.limits, self.measure, self.targets, order)
-            if bundle is None:
-                raise BudgetError(
-                    f"no group can be removed from {shape_text(shape)} on the way to a target of {self.targets[0]:,}"
-                )
-            dims = self.space.bundles[bundle].dims
-            counted = self._ledger.counted(bundle, units)
-            saliencies = {
-                kind: lowest for kind in KINDS if (lowest := self._lowest(of_kind(shape, kind), queues)) is not None
-            }
-            chosen = dict(zip((dim.name for dim in dims), queues[bundle].pop(), strict=True))
-            after = {**shape, bundle: shape[bundle] - 1}
-            named = self._ledger.in_source(
-                {dim.name: chosen[dim.name] for dim, one in zip(dims, counted, strict=True) if one}
-            )
-            removals.append(Removal(step, kind_of(bundle), named, saliencies, num_params(shape), num_params(after)))
-            for name, unit in chosen.items():
-                units.setdefault(name, []).append(unit)
-            next_step = self.pace.wait(next_step, step, o_columns(bundle, shape, self.space.head_dim))
-            shape = after
-            if is_landed(shape, self.limits, self.measure, self.targets[0]):
-                break  # a rung is saved before anything else goes
-        return Plan(removals, units, next_step)
-
-    def _lowest(self, shape: Shape, queues: Mapping[str, Queue]) -> float | None:
-        """Returns the lowest group saliency of the bundles in `shape` that are above their floors, if any is."""
-        return min((queues[name].head for name, size in shape.items() if size > self.limits.floor[name]), default=None)
+        return self._planner.plan(step, self.next_step, scores, self._ledger) if due else nothing
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
@@ -344,12 +281,13 @@ class Pruner:
         self.removals += plan.removals
         self.next_step = plan.next_step
         kinds = {removal.kind for removal in plan.removals}
-        if self._is_landed():
+        if self._planner.is_landed(self.shape):
             self.compact()
         else:
-            self._compact({bundle: tile for kind in kinds for bundle, tile in self._complete(kind).items()})
+            found = (complete_tiles(kind, self._ledger, self.limits, self.compaction_tile) for kind in kinds)
+            self._compact({bundle: tile for tiles in found for bundle, tile in tiles.items()})
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
-        while self.targets and self._is_landed():
+        while self.targets and self._planner.is_landed(self.shape):
             size = self.targets.pop(0)
             if self.on_landing:
                 self.on_landing(size)
@@ -383,35 +321,8 @@ class Pruner:
 
         call_before_saving(self.model, compact)
 
-    def _is_due(self, step: int, next_step: float, size: int) -> bool:
-        return self.pace.is_due(step, next_step, size, self.source_size, self.target_params)
-
-    def _is_landed(self) -> bool:
-        return is_landed(self.shape, self.limits, self.measure, self.targets[0])
-
-    def _complete(self, kind: str) -> dict[str, int]:
-        """Returns the tiles of a kind's bundles, none while compaction is dear and can wait.
-
-        Layers that shrink each on its own wait until they have as many complete tiles as there are layers: all together
-        are then compacted as often as layers in lockstep.
-        """
-        tiles = {bundle: self._tile(bundle) for bundle in of_kind(self.space.shape, kind)}
-        if kind == "query" or self.compaction_tile is None:
-            return tiles
-        waiting = self._ledger.waiting(tiles)
-        dims = {bundle: self.space.bundles[bundle].dims[0].name for bundle in tiles}
-        complete = sum(-(-len(waiting.get(dims[bundle], ())) // tile) for bundle, tile in tiles.items())
-        return tiles if complete >= len(tiles) else {}
-
-    def _tile(self, bundle: str) -> int:
-        kind = kind_of(bundle)
-        if kind == "query":
-            return 1  # query heads cannot wait: they wake up (method.md section 2)
-        legal = self.limits.tile[bundle]
-        if self.compaction_tile is None:
-            return legal
-        units = self.compaction_tile // self.space.head_dim if kind == "kv" else self.compaction_tile
-        return max(1, -(-units // legal)) * legal  # a physical shape is legal too: a checkpoint may be taken there
+    def _make_planner(self) -> Planner:
+        return Planner(self.limits, self.measure, self.pace, self.targets, self.target_params)
 
     def _rest_if_done(self) -> None:
         if self.done:
@@ -441,6 +352,7 @@ class Pruner:
         self.source_params, self.targets = state["source_params"], list(state["targets"])
         self.limits = Limits(**state["limits"])
         self.source_size = self.measure(self.limits.source)
+        self._planner = self._make_planner()
         self._plan = None
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         self._rest_if_done()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import grain
     import torch
 
+    from efficientllm.training.process import Engine
+
 READ_THREADS = 2  # rows come out of mapped memory: more threads gain nothing
 
 
@@ -93,6 +95,39 @@ def epochs(
         times = rows_total * weight / sum(weights) / max(rows, 1)
         result[folder.spec] = max(times, result.get(folder.spec, 0.0))
     return result
+
+
+class Feed:
+    """The training data of a run: its batches from any step on, and how often each source has been seen.
+
+    Args:
+        parts: token folders with their weights in the mixture.
+        batch_rows: rows of an optimizer step.
+        include_valid: whether held-out rows are trained on, for a run that validates on other data.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[TokenFolder, float]],
+        *,
+        seq_len: int,
+        batch_rows: int,
+        seed: int,
+        include_valid: bool,
+    ) -> None:
+        self.batch_rows = batch_rows
+        self.rows = mixture(parts, seq_len=seq_len, seed=seed, include_valid=include_valid)
+        folders, weights = zip(*parts, strict=True)
+        self.epochs_per_row = epochs(folders, weights, seq_len, 1, include_valid=include_valid)
+
+    def after(self, step: int, engine: "Engine") -> "Iterator[torch.Tensor]":
+        """Returns this rank's parts of the batches after a step, on its device."""
+        parts = batches(self.rows, step * self.batch_rows, self.batch_rows, engine.rank, engine.num_ranks)
+        return on_device(parts, engine.device)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """Returns how often each source has been gone through after so many steps, by its spec."""
+        return {spec: per_row * steps * self.batch_rows for spec, per_row in self.epochs_per_row.items()}
 
 
 def require_batch(folders: Sequence[TokenFolder], batch_tokens: int, *, include_valid: bool = False) -> None:

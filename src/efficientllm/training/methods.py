@@ -1,12 +1,7 @@
 """The methods of `prune`: EfficientLLM, and the ways that it is compared with (docs/methods.md). Imports no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from efficientllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from efficientllm.training.config import RunConfig
+from typing import Literal
 
 OBS_ROUNDS = 16  # blocks of removals, each with inputs of its own: 8,192 of the default calibration tokens
 WIDTHS = ("round_to", "min_ffn", "min_hidden", "min_kv")
@@ -84,24 +79,6 @@ METHODS = {
     ),
 }
 LIMITED = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.takes))  # flags that not all take
-
-
-def check_method(config: "RunConfig") -> None:
-    """Raises ConfigError if a flag means nothing to the method, or contradicts another one."""
-    from efficientllm.training.config import FIELDS, flag_name
-
-    method = METHODS[config.method]
-    for name in LIMITED:
-        value = getattr(config, name)
-        if value != FIELDS[name].default and name not in method.takes:
-            raise ConfigError(
-                f"{flag_name(name)} means nothing to --method {config.method}, which {method.does}; leave it out"
-            )
-    if config.method == "scratch" and config.shape_of is None:
-        raise ConfigError("--method scratch needs --shape-of, a run (or a folder with config.json) that has the shape")
-    for name in ("target_params", "target_bytes", "allocation"):
-        if config.shape_of is not None and getattr(config, name) is not None:
-            raise ConfigError(f"--shape-of sets every size of the result, so {flag_name(name)} cannot; leave one out")
 
 
 def card_words(name: str) -> str:

@@ -27,6 +27,7 @@ class Metrics:
         self.watch, self.batch_tokens = watch, batch_tokens
         self.skipped = 0
         self._skipped_in_a_row = 0
+        self._broken_at: int | None = None  # the last of too many steps in a row
         self._removed_last = False
         self._pending: list[tuple[dict[str, Any], Tensor, Sequence[Removal], Shape, tuple[str, ...]]] = []
         self._settled = time.perf_counter()
@@ -50,11 +51,7 @@ class Metrics:
         self._pending.append((row, figures, removals, shape, tuple(parts)))
 
     def settle(self) -> list[dict[str, Any]]:
-        """Returns the rows of the steps since the last call; waits for the device.
-
-        Raises:
-            TrainingError: after five steps in a row without a finite loss.
-        """
+        """Returns the rows of the steps since the last call; waits for the device."""
         pending, self._pending = self._pending, []
         if not pending:
             return []
@@ -65,6 +62,14 @@ class Metrics:
             self._finish({**row, **_finite(names, parts), "tokens_per_second": speed}, loss, norm, removals, shape)
             for (row, _, removals, shape, names), (loss, norm, *parts) in zip(pending, numbers, strict=True)
         ]
+
+    def check(self) -> None:
+        """Raises TrainingError after five steps in a row without a finite loss, once their rows have been looked at."""
+        if self._broken_at is not None:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step "
+                f"{self._broken_at}); lower --lr"
+            )
 
     def begin_timing(self) -> None:
         """Leaves what has been done since the last `settle` out of the next speed: validation, a checkpoint."""
@@ -94,11 +99,8 @@ class Metrics:
         warnings += self.watch.look(loss, norm, self._removed_last) if finite else []
         warnings += self.watch.look_at(removals, shape)
         self._removed_last = bool(removals)
-        if self._skipped_in_a_row >= MOST_SKIPPED:
-            raise TrainingError(
-                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step {row['step']}); "
-                "lower --lr"
-            )
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            self._broken_at = row["step"]
         row |= _finite(("loss", "grad_norm"), (loss, norm))
         row["skipped"] = self.skipped
         return {**row, "warnings": warnings} if warnings else row

@@ -12,7 +12,8 @@ from efficientllm.errors import CheckpointError
 from efficientllm.numbers import format_count
 from efficientllm.space import Space
 from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, open_checkpoint
-from efficientllm.training.config import RunConfig, validate
+from efficientllm.training.checks import validate
+from efficientllm.training.config import RunConfig
 from efficientllm.training.corpus import Corpus, open_corpus
 from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
 from efficientllm.training.engine import claim_folder, least_of_ranks, start_engine, started_before

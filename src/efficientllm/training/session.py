@@ -1,22 +1,18 @@
 """A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
-from efficientllm.delivery.card import Facts, model_card
-from efficientllm.delivery.huggingface import save_model
 from efficientllm.errors import TrainingError
 from efficientllm.numbers import format_count
 from efficientllm.pruning import Removal
-from efficientllm.space.dims import widths
 from efficientllm.training.at_once import num_batches, remove_at_once
 from efficientllm.training.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.training.config import FIELDS, RunConfig
@@ -24,17 +20,18 @@ from efficientllm.training.corpus import Corpus
 from efficientllm.training.depth import remove_layers_
 from efficientllm.training.device import held_memory, is_out_of_memory
 from efficientllm.training.evaluate import validation_loss
-from efficientllm.training.feed import batches, epochs, mixture, on_device
+from efficientllm.training.feed import Feed
 from efficientllm.training.interruption import Interruption
 from efficientllm.training.logs import ExternalLog, JsonLines, read_rows
 from efficientllm.training.loss import chunked_loss_
-from efficientllm.training.methods import METHODS, card_words
+from efficientllm.training.methods import METHODS
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe
+from efficientllm.training.result import save_result
 from efficientllm.training.source import Source
 from efficientllm.training.trainer import Trainer
-from efficientllm.training.words import command_line, widths_text
+from efficientllm.training.words import widths_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +60,13 @@ class Run:
         self.removals = JsonLines(logs / "removals.jsonl" if logs else None)
         self.external = ExternalLog(
             config.log_to if logs else None, out, {name: getattr(config, name) for name in FIELDS}
+        )
+        self.feed = Feed(
+            corpus.parts,
+            seq_len=config.seq_len,
+            batch_rows=recipe.batch_rows,
+            seed=config.seed,
+            include_valid=corpus.valid is not None,
         )
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
@@ -150,10 +154,11 @@ class Run:
             *rows, last = trainer.metrics.settle()
             memory = held_memory(self.engine.device)
             for row in [*rows, self._validated(last) if validates else last]:
-                epoch = round(self.epochs_per_row * row["step"] * recipe.batch_rows, 4)
+                epoch = round(max(self.feed.epochs(row["step"]).values()), 4)
                 self._log({**row, "epoch": epoch, "memory_bytes": memory})
                 for message in row.get("warnings", ()):
                     self.display.warn(f"step {row['step']}: {message}")
+            trainer.metrics.check()
             if saves or overdue:
                 self._checkpoint()
                 saved = time.monotonic()
@@ -169,9 +174,9 @@ class Run:
             row["warnings"] = self.display.warned
         row = row | self.first_row if self.first_row else self._validated(row)
         if METHODS[self.config.method].when == "at once":
-            trainer.feed = self._feed(0)
+            trainer.feed = self.feed.after(0, self.engine)
             remove_at_once(trainer, self.source.budget, self.display.calibrating)
-            trainer.feed = self._feed(0)
+            trainer.feed = self.feed.after(0, self.engine)
             removals = trainer.pruner.removals
         if removals:
             self._log_removals(removals)
@@ -189,7 +194,7 @@ class Run:
         if self.valid_rows:
             self.valid_losses[0] = validation_loss(whole, self.valid_rows, rows, engine)
             self.first_row["valid_loss"] = self.valid_losses[0]
-        calibration = list(islice(self._feed(0), num_batches(config)))
+        calibration = list(islice(self.feed.after(0, self.engine), num_batches(config)))
         left = self.source.space.num_layers
         self.layer_removals = remove_layers_(model, whole, calibration, left, rows, engine)
 
@@ -197,25 +202,13 @@ class Run:
         for removal in removals:
             self.removals.append({**removal.as_row(), "tokens": self.trainer.tokens})
 
-    def _feed(self, step: int) -> Iterator[torch.Tensor]:
-        """Returns this rank's parts of the batches after a step."""
-        own, engine = self.corpus.valid is not None, self.engine
-        rows = mixture(self.corpus.parts, seq_len=self.config.seq_len, seed=self.config.seed, include_valid=own)
-        start = step * self.recipe.batch_rows
-        return on_device(batches(rows, start, self.recipe.batch_rows, engine.rank, engine.num_ranks), engine.device)
-
     def _begin_feed(self) -> None:
-        parts = self.corpus.parts
-        weights = [weight for _, weight in parts]
-        folders = [folder for folder, _ in parts]
-        own = self.corpus.valid is not None
-        each = epochs(folders, weights, self.config.seq_len, 1, include_valid=own)
-        self.epochs_per_row = max(each.values())
-        total = self.recipe.total_steps * self.recipe.batch_rows
-        for spec, per_row in each.items():
-            if self.trainer.step == 0 and per_row * total > 1:
-                self.display.warn(f"data {spec} runs out: it is seen {per_row * total:.1f} times, each in a new order")
-        self.trainer.feed = self._feed(self.trainer.step)
+        """Lets the feed begin after the steps done; warns at the beginning if a source will be seen again."""
+        if self.trainer.step == 0:
+            for spec, times in self.feed.epochs(self.recipe.total_steps).items():
+                if times > 1:
+                    self.display.warn(f"data {spec} runs out: it is seen {times:.1f} times, each in a new order")
+        self.trainer.feed = self.feed.after(self.trainer.step, self.engine)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row with the validation loss, if anything is held out."""
@@ -287,31 +280,7 @@ class Run:
             say(f"{trainer.metrics.skipped} steps were skipped because the loss or its gradient was not finite")
 
     def _save(self, folder: Path, tokens: int, losses: dict[str, float], annealed: bool) -> None:
-        pruner = self.trainer.pruner
-        facts = Facts(
-            model=self.config.model,
-            data=self.config.data,
-            params=pruner.num_params,
-            source_params=self.source.num_params,
-            how=card_words(self.config.method),
-            shape=widths(pruner.shape),
-            tokens=tokens,
-            losses=losses,
-            command=command_line(self.config),
-            annealed=annealed,
-        )
-        model = self.engine.gather(self.trainer.model)
-        if self.engine.is_main:
-            with torch.compiler.set_stance("force_eager"):  # its proof is one pass
-                save_model(
-                    model,
-                    folder,
-                    tokenizer=self.source.tokenizer,
-                    source=self.source.path,
-                    dtype=self.source.dtype,
-                    card=model_card(facts, self.source.path),
-                )
-        self.engine.wait()
+        save_result(folder, self.trainer, self.source, tokens=tokens, losses=losses, annealed=annealed)
 
     def _resume_command(self) -> str:
         return f"efficientllm prune --resume --out {quote(self.config.out)}"
