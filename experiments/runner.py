@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from scales import SCALES, Scale
+
+from efficientllm.report.history import read_run
 
 HERE = Path(__file__).parent
 KEPT = ("metrics.jsonl", "removals.jsonl")
@@ -37,6 +38,7 @@ class Run:
         name: its folder's.
         flags: flags of `prune` that differ from the scale's, by name; True for a switch, None to leave one out.
         shape_of: the run whose final shape it takes, of the same seed.
+        source: another model than the scale's, a path below the repository.
         seeds: how many of the seeds it is made with (default: all).
     """
 
@@ -44,15 +46,17 @@ class Run:
     flags: dict[str, Any] = field(default_factory=dict)
     shape_of: str | None = None
     seeds: int | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one run: rows with a validation loss, the whole of metrics.jsonl, removals, seconds."""
+    """What came of one run: metrics.jsonl, removals.jsonl, and all FLOPs of its training, a teacher's included."""
 
     seed: int
     rows: list[dict[str, Any]]
     removals: list[dict[str, Any]]
+    flops: float
 
     @property
     def losses(self) -> list[float]:
@@ -67,10 +71,8 @@ class Result:
         return int(self.rows[-1]["params"])
 
     @property
-    def seconds(self) -> float:
-        """Time of the steps alone, as the run logged it."""
-        pairs = [(row["tokens"], row.get("tokens_per_second")) for row in self.rows]
-        return sum((after[0] - before[0]) / after[1] for before, after in pairwise(pairs) if after[1])
+    def tokens(self) -> int:
+        return int(self.rows[-1]["tokens"])
 
 
 Results = dict[str, list[Result]]
@@ -140,7 +142,7 @@ def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subpro
         flags: dict[str, Any] = {**scale.flags(shared), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
             flags["shape_of"] = folder(run.shape_of, name, seed)
-        words = ["prune", str(shared / scale.source)]
+        words = ["prune", str(HERE.parent / run.source if run.source else shared / scale.source)]
         for flag, value in flags.items():
             if value is not None:
                 words += ["--" + flag.replace("_", "-")] + ([] if value is True else [str(value)])
@@ -171,6 +173,8 @@ def keep(run: str, seed: int, name: str) -> None:
                 packed.write((source / file).read_bytes())
     for config in (*source.glob("config.*"), source / "model/config.json"):
         shutil.copy(config, target / ("model.json" if config.parent.name == "model" else config.name))
+    flops = read_run(source).flops
+    (target / "flops.json").write_text(json.dumps(flops[-1] if flops else None))
 
 
 def load(run: Run, name: str, seeds: list[int]) -> list[Result]:
@@ -180,7 +184,7 @@ def load(run: Run, name: str, seeds: list[int]) -> list[Result]:
         place = kept(run.name, name, seed)
         if place.exists():
             rows, removals = (read(place / f"{file}.gz") for file in KEPT)
-            found.append(Result(seed, rows, removals))
+            found.append(Result(seed, rows, removals, json.loads((place / "flops.json").read_text())))
     return found
 
 
@@ -189,16 +193,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_table(results: Results, names: dict[str, str], against: str | None = None) -> str:
-    """Returns a Markdown table: final loss, its mean and spread over seeds, and how far it is from one of the runs."""
-    lines = ["| run | parameters | loss, by seed | mean ± s.e. |", "|---|---|---|---|"]
+    """Returns a Markdown table: size, FLOPs, final loss, its mean over seeds, and how far it is from one of the runs."""
+    lines = ["| run | parameters | FLOPs | loss, by seed | mean ± s.e. |", "|---|---|---|---|---|"]
     if against:
         lines = [lines[0] + f" {names[against]} is better by |", lines[1] + "---|"]
     for name, text in names.items():
         if name not in results:
-            lines.append(f"| {text} | not run | | |" + (" |" if against else ""))
+            lines.append(f"| {text} | not run | | | |" + (" |" if against else ""))
             continue
         found = results[name]
-        cells = [text, f"{found[0].params:,}", ", ".join(f"{each.final:.3f}" for each in found)]
+        cells = [text, f"{found[0].params:,}", f"{mean(each.flops for each in found):.3g}"]
+        cells.append(", ".join(f"{each.final:.3f}" for each in found))
         cells.append(with_error([each.final for each in found]))
         if against:
             other = {each.seed: each.final for each in results.get(against, [])}

@@ -18,6 +18,25 @@ CHOICES = {
     "no-heads": ("heads kept (--min-kv 4)", {"min_kv": 4}),
     "per-layer": ("--layout per-layer", {"layout": "per-layer"}),
     "score-all-compensate": ("--score all --compensate", {"score": "all", "compensate": True}),
+    "quick-all": ("--score all, pruning in 1/8 of the tokens", {"score": "all", "prune_tokens": 153_600}),
+    "quick-all-ema": (
+        "--score all --score-ema 0.9, pruning in 1/8 of the tokens",
+        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9},
+    ),
+    "quick-all-ema-compensate": (
+        "the same with --compensate",
+        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9, "compensate": True},
+    ),
+    "quarter-all-ema": (
+        "--score all --score-ema 0.9, pruning in 1/4 of the tokens",
+        {"score": "all", "prune_tokens": 307_200, "score_ema": 0.9},
+    ),
+    "all-ema": ("--score all --score-ema 0.9", {"score": "all", "score_ema": 0.9}),
+    "quick-ema": ("--score-ema 0.9, pruning in 1/8 of the tokens", {"prune_tokens": 153_600, "score_ema": 0.9}),
+    "quick-all-ema-distill": (
+        "--score all --score-ema 0.9 --distill, pruning in 1/8 of the tokens",
+        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9, "distill": True},
+    ),
     "score-all-per-layer": ("--score all --layout per-layer", {"score": "all", "layout": "per-layer"}),
     "score-all-distill": ("--score all --distill", {"score": "all", "distill": True}),
 }

@@ -11,6 +11,7 @@ from scales import Scale
 METHODS = {
     "efficientllm": {},
     "one-shot": {"method": "one-shot"},
+    "one-shot-all": {"method": "one-shot", "score": "all"},
     "one-shot-global": {"method": "one-shot", "allocation": "global"},
     "one-shot-obs": {"method": "one-shot-obs"},
     "magnitude": {"method": "magnitude"},

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from runner import Results, Run, loss_table, main
 from scales import Scale
 
-SPLITS = (0.125, 0.25, 0.75)
+SPLITS = (0.03, 0.125, 0.25, 0.75)
 
 
 def runs(scale: Scale) -> Sequence[Run]:
