@@ -193,7 +193,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_table(results: Results, names: dict[str, str], against: str | None = None) -> str:
-    """Returns a Markdown table: size, FLOPs, final loss, its mean over seeds, and how far it is from one of the runs."""
+    """Returns a Markdown table: size, FLOPs, final loss, its mean over seeds, and its distance from one of the runs."""
     lines = ["| run | parameters | FLOPs | loss, by seed | mean ± s.e. |", "|---|---|---|---|---|"]
     if against:
         lines = [lines[0] + f" {names[against]} is better by |", lines[1] + "---|"]

@@ -1,4 +1,4 @@
-"""A pruned model against its own shape and a hand-made one from scratch, at equal tokens, FLOPs, and 4 times the tokens."""
+"""A pruned model against its own shape and a hand-made one from scratch; equal tokens, equal FLOPs, 4x tokens."""
 
 import sys
 from collections.abc import Sequence
