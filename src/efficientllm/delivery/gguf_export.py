@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from efficientllm.delivery import llama_cpp
 from efficientllm.delivery.child import in_child
-from efficientllm.delivery.export import check_out, check_space, put, staging
 from efficientllm.delivery.gguf_architecture import ARCHITECTURES, context_length, find_architecture
 from efficientllm.delivery.gguf_contents import find_contents, title
 from efficientllm.delivery.gguf_file import Contents, check_file, write_gguf
@@ -13,6 +12,7 @@ from efficientllm.delivery.gguf_tensors import biases
 from efficientllm.delivery.gguf_tokenizer import swallows_space
 from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama_cpp, plan_types, type_lines
 from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
+from efficientllm.delivery.output import check_out, check_space, put, staging
 from efficientllm.delivery.proof import TEXTS, WORST_RATIO, compare, held_out_rows, held_out_text
 from efficientllm.errors import EfficientLLMError
 

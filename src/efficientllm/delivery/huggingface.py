@@ -71,7 +71,7 @@ def export_folder(
     Raises:
         EfficientLLMError: it cannot be loaded, the output is there, or what was written is not the model.
     """
-    from efficientllm.delivery.export import check_out, check_space
+    from efficientllm.delivery.output import check_out, check_space
 
     size = shard_size or "50GB"
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", size):

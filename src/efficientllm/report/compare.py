@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientllm.delivery.export import check_out, put, staging
+from efficientllm.delivery.output import check_out, put, staging
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import format_count
 from efficientllm.report.history import History, read_run

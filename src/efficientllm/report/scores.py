@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientllm.delivery.export import check_out, put, staging
 from efficientllm.delivery.load import find_model, finished_model, load_config
+from efficientllm.delivery.output import check_out, put, staging
 from efficientllm.errors import ConfigError
 from efficientllm.evaluation.evaluate import Evaluation, evaluate_model
 from efficientllm.evaluation.record import circumstances

@@ -1,12 +1,12 @@
 """The run folder: made whole or not at all, and what a resumed run may change in it."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from efficientllm.delivery.output import staging
 from efficientllm.errors import CheckpointError, ConfigError
 from efficientllm.training.config import FIELDS, RunConfig, dump_yaml, flag_name, load_yaml
 
@@ -42,18 +42,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: if it cannot be written.
     """
-    anchor = next(parent for parent in out.absolute().parents if parent.exists())
-    staging = anchor / f".{out.name}.new-{os.getpid()}"
-    try:
-        try:
-            staging.mkdir()
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
-        yield staging
+    with staging(out) as folder:
+        yield folder
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        folder.rename(out)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

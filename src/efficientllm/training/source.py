@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from efficientllm.delivery.huggingface import DTYPES
 from efficientllm.delivery.load import empty_model, find_model, load_config, load_tokenizer
 from efficientllm.errors import ConfigError
 from efficientllm.space import Limits, Space, find_limits, find_space
@@ -18,8 +19,6 @@ from efficientllm.training.teacher import open_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
