@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from scales import SCALES, Scale
+from sources import source_of
 
 from efficientllm.report.history import read_run
 
@@ -142,7 +143,7 @@ def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subpro
         flags: dict[str, Any] = {**scale.flags(shared), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
             flags["shape_of"] = folder(run.shape_of, name, seed)
-        words = ["prune", str(HERE.parent / run.source if run.source else shared / scale.source)]
+        words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, name, shared))]
         for flag, value in flags.items():
             if value is not None:
                 words += ["--" + flag.replace("_", "-")] + ([] if value is True else [str(value)])

@@ -6,10 +6,29 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Paths are below the shared folder; `target` is half of the source's parameters."""
+class Pretraining:
+    """How `sources.py` makes a scale's source: a Llama of these sizes and a tokenizer, trained on its text."""
 
-    source: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tokens: int
+    batch_tokens: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Text is below the shared folder; `target` is half of the source's parameters.
+
+    Attributes:
+        source: below the shared folder, or how it is made.
+    """
+
+    source: str | Pretraining
     data: str
     valid: str
     params: int
@@ -51,5 +70,31 @@ SCALES = {
         seq_len=256,
         batch_tokens=2_048,
         lr=3e-3,
+    ),
+    # 8 million parameters, pretrained here on English Wikipedia and novels (about 28 million tokens of this tokenizer)
+    "small": Scale(
+        source=Pretraining(8192, 256, 704, 8, 8, 4, tokens=56_000_000, batch_tokens=32_768, lr=2e-3),
+        data="data/english/train.jsonl.xz",
+        valid="data/english/valid.jsonl.xz",
+        params=7_999_744,
+        target=4_000_000,
+        prune_tokens=7_000_000,
+        tokens=28_000_000,
+        seq_len=512,
+        batch_tokens=32_768,
+        lr=1e-3,
+    ),
+    # 101 million, for a GPU
+    "medium": Scale(
+        source=Pretraining(32_768, 768, 2048, 12, 12, 4, tokens=200_000_000, batch_tokens=131_072, lr=1e-3),
+        data="data/english/train.jsonl.xz",
+        valid="data/english/valid.jsonl.xz",
+        params=100_682_496,
+        target=50_000_000,
+        prune_tokens=25_000_000,
+        tokens=100_000_000,
+        seq_len=1024,
+        batch_tokens=131_072,
+        lr=6e-4,
     ),
 }

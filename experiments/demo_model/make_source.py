@@ -8,6 +8,7 @@ generation_config.json, without weights. README.md gives the commands that train
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,13 +21,13 @@ VOCAB_SIZE = 2048  # of some 600k parameters the tied embedding then holds a thi
 CONTEXT = 512  # tokens; twice what the demo trains with
 
 
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Returns a byte-level BPE of `VOCAB_SIZE` entries: every byte has one, so nothing is ever unknown."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE of `vocab_size` entries: every byte has one, so nothing is ever unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -44,31 +45,43 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def make_source(corpus_folder: Path, out: Path) -> LlamaConfig:
-    """Returns the config that was written, with the tokenizer, into the folder `out`."""
+    """Returns the config of the demo's model, which was written, with the tokenizer, into the folder `out`."""
     corpus = write_corpus(corpus_folder)
     # The held-out documents stay unseen by the tokenizer too.
     with corpus.train.open(encoding="utf-8") as lines:
-        tokenizer = train_tokenizer([json.loads(line)["text"] for line in lines])
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        texts = [json.loads(line)["text"] for line in lines]
+    return write_model(
+        texts,
+        out,
+        vocab_size=VOCAB_SIZE,
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=3,
-        head_dim=16,
         max_position_embeddings=CONTEXT,
+    )
+
+
+def write_model(texts: Iterable[str], out: Path, *, vocab_size: int, **sizes: int) -> LlamaConfig:
+    """Returns the config of a Llama with a tied head, written without weights, with a tokenizer of these texts."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        head_dim=sizes["hidden_size"] // sizes["num_attention_heads"],
         rope_theta=10000.0,
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=eos,
         dtype="float32",
         architectures=["LlamaForCausalLM"],
+        **sizes,
     )
     config.save_pretrained(out)
     GenerationConfig(bos_token_id=bos, eos_token_id=eos).save_pretrained(out)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT)
+    length = sizes["max_position_embeddings"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=length)
     fast.save_pretrained(out)
     return config
 

@@ -1,0 +1,59 @@
+"""Pretrains the source of a scale that has none ready, on the scale's own text.
+
+    python experiments/sources.py --scale small [--shared ../shared] [--tokens N]
+
+Trains a tokenizer, writes an untrained Llama and lets `efficientllm prune` train it without removing anything. The
+source lies in runs/experiments/SCALE/source/model; broken off, the command goes on.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from demo_model.make_source import write_model
+from scales import SCALES, Pretraining, Scale
+
+from efficientllm.training.text import parse_source, read_documents
+
+RUNS = Path(__file__).parent.parent / "runs/experiments"
+DOCUMENTS = 5_000  # that the tokenizer is trained on
+
+
+def source_of(scale: Scale, name: str, shared: Path) -> Path:
+    """Returns the folder of a scale's source."""
+    return shared / scale.source if isinstance(scale.source, str) else RUNS / name / "source/model"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=[name for name, each in SCALES.items() if not isinstance(each.source, str)])
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--tokens", type=int, help="fewer tokens, to see whether it works")
+    asked = parser.parse_args()
+    scale = SCALES[asked.scale]
+    recipe, run, untrained = scale.source, RUNS / asked.scale / "source", RUNS / asked.scale / "untrained"
+    assert isinstance(recipe, Pretraining)
+    if not (untrained / "config.json").exists():
+        sizes = {key: value for key, value in asdict(recipe).items() if key not in ("tokens", "batch_tokens", "lr")}
+        write_model(texts(asked.shared / scale.data), untrained, max_position_embeddings=2 * scale.seq_len, **sizes)
+    words = ["prune", "--resume", "--out", str(run)]
+    if not run.exists():
+        tokens = asked.tokens or recipe.tokens
+        words = ["prune", str(untrained), "--init", "scratch", "--target-params", str(scale.params), "--out", str(run)]
+        words += ["--data", str(asked.shared / scale.data), "--valid", str(asked.shared / scale.valid)]
+        words += ["--tokens", str(tokens), "--prune-tokens", str(tokens), "--lr", str(recipe.lr)]
+        words += ["--seq-len", str(scale.seq_len), "--batch-tokens", str(recipe.batch_tokens)]
+    return subprocess.call([sys.executable, "-m", "efficientllm", *words])
+
+
+def texts(data: Path) -> Iterator[str]:
+    """Yields the documents that the tokenizer is trained on."""
+    return islice(read_documents(parse_source(str(data))), DOCUMENTS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
