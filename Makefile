@@ -31,7 +31,7 @@ test-all: install browser
 # A run's page is looked at in a real browser; where none is and none can be installed, that test skips.
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null \
-		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| { timeout 300 apt-get update -qq && timeout 600 apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo "no Chromium, and none could be installed: the test of a page in a browser skips"
 
 # llama.cpp is built from source here: minutes on many cores, up to half an hour on two.
