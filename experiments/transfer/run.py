@@ -15,6 +15,8 @@ OTHER = "src/efficientllm/demo/model"  # 602,976 parameters, trained on docstrin
 SIZE = {"target_params": 300_000}  # half of it
 FLAGS = {
     "demo": ("the defaults", SIZE),
+    "demo-ema": ("--score-ema 0.9", {**SIZE, "score_ema": 0.9}),
+    "demo-all": ("--score all", {**SIZE, "score": "all"}),
     "demo-all-ema": ("--score all --score-ema 0.9", {**SIZE, "score": "all", "score_ema": 0.9}),
     "demo-quarter": ("pruning in 1/4 of the tokens", {**SIZE, "prune_tokens": 307_200}),
     "demo-quarter-all-ema": (
