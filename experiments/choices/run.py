@@ -37,6 +37,14 @@ CHOICES = {
         "--score all --score-ema 0.9 --distill, pruning in 1/8 of the tokens",
         {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9, "distill": True},
     ),
+    "quarter-all-ema97": (
+        "--score all --score-ema 0.97, pruning in 1/4 of the tokens",
+        {"score": "all", "prune_tokens": 307_200, "score_ema": 0.97},
+    ),
+    "one-shot-obs-distill": (
+        "--method one-shot-obs --distill, to compare with",
+        {"method": "one-shot-obs", "prune_tokens": None, "distill": True},
+    ),
     "score-all-per-layer": ("--score all --layout per-layer", {"score": "all", "layout": "per-layer"}),
     "score-all-distill": ("--score all --distill", {"score": "all", "distill": True}),
 }

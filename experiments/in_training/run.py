@@ -22,6 +22,12 @@ METHODS = {
 NOT_GRADUAL = {"prune_tokens": None}
 SCRATCH = {"method": "scratch", "target_params": None, "prune_tokens": None}
 RATES = (1.5e-3, 6e-3)
+OBS = {"method": "one-shot-obs", **NOT_GRADUAL}
+
+
+def found_flags(scale: Scale, factor: float = 1) -> dict[str, object]:
+    """Returns the settings that experiments/choices found best at the tiny scale."""
+    return {"score": "all", "score_ema": 0.9, "prune_tokens": int(scale.tokens * factor / 4)}
 
 
 def runs(scale: Scale) -> Sequence[Run]:
@@ -30,6 +36,7 @@ def runs(scale: Scale) -> Sequence[Run]:
         found.append(Run(name, {**flags, **(NOT_GRADUAL if flags else {})}))
     found.append(Run("scratch", SCRATCH, shape_of="efficientllm"))
     found.append(Run("one-shot-shape", {"method": "one-shot", **NOT_GRADUAL, "target_params": None}, "efficientllm"))
+    found.append(Run("quarter-all-ema", found_flags(scale)))
     for rate in RATES:
         found.append(Run(f"efficientllm-lr{rate:g}", {"lr": rate}, seeds=1))
         found.append(Run(f"one-shot-lr{rate:g}", {"method": "one-shot", **NOT_GRADUAL, "lr": rate}, seeds=1))
@@ -38,21 +45,22 @@ def runs(scale: Scale) -> Sequence[Run]:
         size = {"target_params": scale.removed(share)}
         found.append(Run(f"efficientllm-{share:.0%}".strip("%"), size, seeds=1))
         found.append(Run(f"one-shot-{share:.0%}".strip("%"), {"method": "one-shot", **NOT_GRADUAL, **size}, seeds=1))
-        found.append(
-            Run(f"one-shot-obs-{share:.0%}".strip("%"), {"method": "one-shot-obs", **NOT_GRADUAL, **size}, seeds=1)
-        )
+        found.append(Run(f"one-shot-obs-{share:.0%}".strip("%"), {**OBS, **size}, seeds=1))
+        found.append(Run(f"found-{share:.0%}".strip("%"), {**found_flags(scale), **size}, seeds=1))
     for factor in (0.25, 4):
         tokens = {"tokens": int(scale.tokens * factor)}
         pruning = {"prune_tokens": int(scale.prune_tokens * factor)}
         label = f"{factor:g}x"
         found.append(Run(f"efficientllm-{label}", {**tokens, **pruning}, seeds=1))
+        found.append(Run(f"found-{label}", {**tokens, **found_flags(scale, factor)}, seeds=1))
         found.append(Run(f"one-shot-{label}", {"method": "one-shot", **NOT_GRADUAL, **tokens}, seeds=1))
+        found.append(Run(f"one-shot-obs-{label}", {**OBS, **tokens}, seeds=1))
         found.append(Run(f"scratch-{label}", {**SCRATCH, **tokens}, "efficientllm", seeds=1))
     return found
 
 
 def table(results: Results, scale: Scale) -> str:
-    half = [*METHODS, "one-shot-shape", "scratch"]
+    half = ["quarter-all-ema", *METHODS, "one-shot-shape", "scratch"]
     parts = ["Half of the parameters removed, equal tokens:", loss_table(results, {n: n for n in half}, "efficientllm")]
     rest = {name: name for name in results if name not in half}
     if rest:
