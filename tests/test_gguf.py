@@ -30,7 +30,7 @@ from efficientllm.space.families import FAMILIES
 from families import EVERY, HEAD_DIM, logits
 
 SQUARE = {"hidden_size": 48}  # heads × head_dim of the grouped layout
-FITTING: dict[str, dict[str, Any]] = {"qwen3": {"attention_bias": False}, "olmo2": SQUARE}  # else refused, see below
+FITTING: dict[str, dict[str, Any]] = {"qwen3": {"attention_bias": False}}  # else refused, see below
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +56,13 @@ def values(path: Path) -> dict[str, Any]:
 def test_every_family_is_written_and_read_back(
     name: str, heads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = FITTING.get(name, {}) | ({"hidden_size": 32} if name == "olmo2" and heads == "multihead" else {})
-    model = save(tmp_path / "m", name, heads, **changes)
+    model = save(tmp_path / "m", name, heads, **FITTING.get(name, {}))
     out = export(tmp_path / "m")
     said = capsys.readouterr().out
     assert "read back" in said and "not loaded in llama.cpp" in said and "efficientllm[llamacpp]" in said
     stored = sum(tensor.n_elements for tensor in gguf.GGUFReader(out).tensors)
-    assert stored == sum(param.numel() for param in model.parameters())
+    params = sum(param.numel() for param in model.parameters())
+    assert stored > params if name == "olmo2" else stored == params  # wider by zeros, as its graph wants
 
 
 def test_every_family_of_the_space_has_an_architecture() -> None:
@@ -310,7 +310,6 @@ def test_tokenizers_that_llama_cpp_has_not(make: Callable[[], Any], words: str) 
     ("name", "changes", "words"),
     [
         ("qwen3", {}, "a bias in o_proj"),
-        ("olmo2", {}, "6 heads × 8 = 48 beside hidden_size 24"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

@@ -86,7 +86,7 @@ def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "×".join(map(str, shape)))
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("olmo2", "llama-bias")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama-bias"])
 @pytest.mark.usefixtures("without_llama_cpp")
 def test_is_the_size_of_the_exported_file(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     if make_config(name).model_type in ("llama", "gemma2", "gemma3_text") and shape[0] % (shape[2] * shape[3]):
@@ -98,29 +98,16 @@ def test_is_the_size_of_the_exported_file(name: str, shape: tuple[int, ...], tmp
     not llama_cpp.is_installed(), reason="llama-cpp-python is not installed; make test-edge installs it"
 )
 @pytest.mark.parametrize("shape", [(256, 512, 2, 3), (256, 288, 4, 8), (100, 69, 2, 1)], ids=str)
-@pytest.mark.parametrize("name", ["mistral", "granite", "phi3"])
+@pytest.mark.parametrize("name", ["mistral", "granite", "phi3", "olmo2"])
 def test_is_the_size_that_llama_cpp_s_quantiser_writes(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     check(name, shape, K_TYPES, tmp_path)
 
 
-@pytest.mark.usefixtures("without_llama_cpp")
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_whose_hidden_size_must_stay(tied: bool, tmp_path: Path) -> None:
-    """OLMo 2 fits llama.cpp only where heads × head size is the hidden size; its graph has an output of its own."""
-    tokenizer = byte_level_tokenizer()
+def test_a_model_whose_widths_must_stay() -> None:
+    """A Phi-3 that rotates a part of each head fits llama.cpp only where heads × head size is the hidden size."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     with pytest.raises(UnsupportedModelError, match=r"beside hidden_size.*--min-hidden 32 --min-kv 4"):
-        measure_of("olmo2", "q8_0", "a-olmo2", tokenizer, 1, hidden_size=32, tie_word_embeddings=tied)
-    square = {"hidden_size": 32, "vocab_size": 290, "tie_word_embeddings": tied}
-    for ffn in (37, 64):
-        folder = tmp_path / f"a{ffn}"
-        save(folder, "olmo2", "multihead", intermediate_size=ffn, **square)
-        config = make_config("olmo2", "multihead", intermediate_size=128, **square)
-        empty = meta_model(config)
-        space = find_space(empty)
-        limits = find_limits(space, config, round_to=1, min_hidden=32, min_kv=4)
-        for type in ("q8_0", "q4_0"):
-            measure = FileSize(folder.name, empty, AutoTokenizer.from_pretrained(folder), type, space, limits)
-            assert measure({**space.shape, "ffn": ffn}) == exported(folder, type)
+        measure_of("phi3", "q8_0", "a-phi3", byte_level_tokenizer(), 1, hidden_size=32, rope_parameters=rope)
 
 
 def land(space: Space, limits: Limits, measure: Measure, target: int, draw: random.Random) -> Shape:

@@ -25,6 +25,7 @@ class Architecture:
     Attributes:
         permuted: rotary pairs are neighbours, so query and key rows are stored in another order than transformers'.
         square: heads × head_dim must be the hidden size.
+        widened: where it is not, the model is written wider than it is, by zeros (`widening`).
         biases: projections that may have one.
         scalings: kinds of rotary scaling it computes, beside "default".
         partial: only a part of each head may be rotated.
@@ -34,6 +35,7 @@ class Architecture:
 
     permuted: bool = False
     square: bool = False
+    widened: bool = False
     biases: frozenset[str] = frozenset()
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
@@ -83,7 +85,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(square=True, biases=QKV_BIASES),
     "qwen3": Architecture(biases=QKV_BIASES),
     "phi3": Architecture(square=True, partial=True, scalings=("linear", "yarn", "longrope")),
-    "olmo2": Architecture(square=True, biases=QKV_BIASES),
+    "olmo2": Architecture(square=True, widened=True, biases=QKV_BIASES),
     "gemma": Architecture(
         biases=QKV_BIASES, scalings=("linear",), activation="gelu_pytorch_tanh", refused=UNTIED | BIDIRECTIONAL
     ),
@@ -159,7 +161,8 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
 
 def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str | None:
     """Returns what a graph lacks for a model, None if it has all."""
-    if architecture.square and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
+    width = config.num_attention_heads * head_dim(config)
+    if architecture.square and not architecture.widened and width != config.hidden_size:
         return (
             f"{config.num_attention_heads} heads × {head_dim(config)} = {width} beside hidden_size {config.hidden_size}"
         )

@@ -14,6 +14,7 @@ from efficientllm.delivery.gguf_types import TYPES, bits_per_weight, needs_llama
 from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.delivery.output import check_out, check_space, put, staging
 from efficientllm.delivery.proof import TEXTS, WORST_RATIO, compare, held_out_rows, held_out_text
+from efficientllm.delivery.widening import widened, widened_config, widens
 from efficientllm.errors import EfficientLLMError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}  # of the largest logit: th
 HALF_GELU = (
     1e-2  # its CPU code looks GELU up in a table of half-precision numbers: Gemma's float32 is no better than that
 )
+WIDENED_TOKENS = 64  # that a widened model is compared on
 HEADER_BYTES = 4096  # about what the file holds beside tensors and vocabulary
 
 
@@ -41,12 +43,19 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     use_llama_cpp = needs_llama_cpp(type)
     if use_llama_cpp:
         llama_cpp.require(f"--type {type}")
-    config = load_config(model, trust_remote_code)
+    config = own = load_config(model, trust_remote_code)
+    if widens(own):
+        config = widened_config(own)
     empty = empty_model(config, model)
     tokenizer = load_tokenizer(model, trust_remote_code)
     contents = find_contents(title(model), empty, tokenizer, type, find_architecture(config, biases(empty)))
     context = context_length(config, contents.name)
     print(f"{model} ({config.model_type}) under llama.cpp's architecture {contents.name}")
+    if config is not own:
+        print(
+            f"  wider by zeros, since there heads × head size is the hidden size: {own.hidden_size} and "
+            f"{own.num_attention_heads} heads become {config.hidden_size} and {config.num_attention_heads}"
+        )
     if context < config.max_position_embeddings:
         print(f"  context cut to {context:,} tokens, the sliding window: it has none, and needs none up to there")
     shape = {
@@ -60,7 +69,8 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     vocabulary = 2 * len(tokenizer.backend_tokenizer.to_str())
     check_space(out, sum(plan.num_bytes for plan in both) + vocabulary + HEADER_BYTES)
     loaded = load_model(model, torch.float32, trust_remote_code)
-    weights = dict(loaded.named_parameters())
+    written = loaded if config is own else _widened(loaded, ids)
+    weights = dict(written.named_parameters())
     with staging(out) as folder:
         partial = folder / out.name
         if use_llama_cpp:
@@ -80,6 +90,26 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
         put(partial, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
+
+
+def _widened(model: "PreTrainedModel", ids: list[int]) -> "PreTrainedModel":
+    """Returns the model wider by zeros, after it has shown that it computes the same.
+
+    Raises:
+        EfficientLLMError: it does not.
+    """
+    import torch
+
+    wide = widened(model)
+    rows = torch.tensor([(ids or list(range(model.config.vocab_size)))[:WIDENED_TOKENS]])
+    with torch.no_grad():
+        expected, found = (each(input_ids=rows, use_cache=False).logits for each in (model, wide))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE["f32"]:
+        raise EfficientLLMError(
+            f"made wider by zeros it is another model, by {difference:.1e} of the largest logit; report this as a bug"
+        )
+    return wide
 
 
 def has_many_groups(contents: Contents) -> bool:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGML_QUANT_SIZES
 
-from efficientllm.delivery.gguf_architecture import find_architecture, head_dim
+from efficientllm.delivery.gguf_architecture import ARCHITECTURES, find_architecture, head_dim
 from efficientllm.delivery.gguf_contents import find_contents
 from efficientllm.delivery.gguf_file import Contents, header_bytes, padded
 from efficientllm.delivery.gguf_tensors import Piece, biases
 from efficientllm.delivery.gguf_types import TYPES, needs_llama_cpp, plan_types
+from efficientllm.delivery.widening import widened_shape
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.pruning.trajectory import physical
 from efficientllm.space.dims import Measure, Shape, Space, in_layer, of_kind, widths
@@ -127,6 +128,8 @@ def _sizes(contents: Contents, type: str, space: Space) -> Measure:
     alike = {many_groups: _count_alike(contents, type, space, many_groups) for many_groups in (False, True)}
 
     def measure(shape: Shape) -> int:
+        if ARCHITECTURES[contents.name].widened:
+            shape = widened_shape(shape, space.head_dim)
         lengths = {label: polynomial(shape) for label, polynomial in space.lengths.items()}
         total = fixed
         many_groups = contents.name == "deci" or in_layer(shape, 0)["query"] > 1
