@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from figures import draw_losses
 from runner import Results, Run, loss_table, main
 from scales import Scale
 
@@ -21,6 +22,13 @@ METHODS = {
 }
 NOT_GRADUAL = {"prune_tokens": None}
 SCRATCH = {"method": "scratch", "target_params": None, "prune_tokens": None}
+DRAWN = {
+    "scratch": "the same shape from scratch",
+    "one-shot": "pruned first (LLM-Pruner's way)",
+    "one-shot-obs": "pruned first (structured OBS)",
+    "efficientllm": "pruned while training, the defaults",
+    "quarter-all-ema": "pruned while training, best found",
+}
 RATES = (1.5e-3, 6e-3)
 OBS = {"method": "one-shot-obs", **NOT_GRADUAL}
 
@@ -60,6 +68,8 @@ def runs(scale: Scale) -> Sequence[Run]:
 
 
 def table(results: Results, scale: Scale) -> str:
+    drawn = {text: results[name][0] for name, text in DRAWN.items() if name in results}
+    draw_losses(drawn, Path(__file__).parent / "losses.svg")
     half = ["quarter-all-ema", *METHODS, "one-shot-shape", "scratch"]
     parts = ["Half of the parameters removed, equal tokens:", loss_table(results, {n: n for n in half}, "efficientllm")]
     rest = {name: name for name in results if name not in half}
