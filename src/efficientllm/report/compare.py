@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from efficientllm.delivery.output import check_out, put, staging
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import format_count
+from efficientllm.report.anatomy import sizes_text
 from efficientllm.report.history import History, read_run
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ WIDTH = 48  # columns of a curve
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the table, from a run's figures
     "run": lambda run: run["run"] + ("" if run["finished"] else " *"),
     "params": lambda run: f"{run['params']:,}",
-    "hidden·ffn·heads": lambda run: "{hidden_size}·{intermediate_size}·{heads}".format(
-        **run["shape"], heads=_heads(run)
-    ),
+    "hidden·ffn·heads": lambda run: _shape(**run["shape"]),
     "tokens": lambda run: format_count(run["tokens"]),
     "FLOPs": lambda run: "?" if run["flops"] is None else f"{run['flops']:.3g}",
     "time": lambda run: duration(run["seconds"]),
@@ -169,8 +168,10 @@ def _cells(run: dict[str, Any]) -> list[str]:
     return [cell(run) for cell in COLUMNS.values()]
 
 
-def _heads(run: dict[str, Any]) -> str:
-    return f"{run['shape']['num_attention_heads']}/{run['shape']['num_key_value_heads']}"
+def _shape(**sizes: int | list[int]) -> str:
+    """Returns widths, or the range of the layers' where they differ: 62·480-1536·6/3."""
+    hidden, ffn, heads, kv = (sizes_text(size) for size in sizes.values())
+    return f"{hidden}·{ffn}·{heads}/{kv}"
 
 
 def _loss(loss: float | None) -> str:
