@@ -161,11 +161,10 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
 
 def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str | None:
     """Returns what a graph lacks for a model, None if it has all."""
-    width = config.num_attention_heads * head_dim(config)
-    if architecture.square and not architecture.widened and width != config.hidden_size:
-        return (
-            f"{config.num_attention_heads} heads × {head_dim(config)} = {width} beside hidden_size {config.hidden_size}"
-        )
+    if architecture.square and not architecture.widened:
+        heads, size, hidden = config.num_attention_heads, head_dim(config), config.hidden_size
+        if heads * size != hidden:
+            return f"{heads} heads × {size} = {heads * size} beside hidden_size {hidden}"
     if extra := sorted(biases - architecture.biases):
         return f"a bias in {extra[0]}"
     kind = rope_parameters(config).get("rope_type", "default")

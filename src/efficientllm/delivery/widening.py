@@ -28,6 +28,8 @@ LARGEST_BLOCK = 256  # of what quantised types store together
 
 def widens(config: Any) -> bool:
     """Returns whether a model is written wider than it is."""
+    if config.is_heterogeneous:  # layers with widths of their own are `deci`'s, or refused
+        return False
     names = CANDIDATES.get(config.model_type, ())
     width = config.num_attention_heads * head_dim(config)
     return any(ARCHITECTURES[name].widened for name in names) and width != config.hidden_size
