@@ -66,12 +66,13 @@ def llama(name: str) -> LlamaConfig:
 def make_model(name: str, shape: Shape | None = None) -> Any:
     """Returns a model with random weights; at a shape on the way a Mistral, for Llama's config refuses most of them."""
     torch.manual_seed(0)
-    if shape is None:
-        return LlamaForCausalLM(llama(name))
-    config = mistral_config(llama(name))
-    config.hidden_size, config.intermediate_size = shape["hidden"], shape["ffn"]
-    config.num_key_value_heads, config.num_attention_heads = shape["kv"], shape["kv"] * shape["query"]
-    return MistralForCausalLM(config)
+    with find_device():  # a GPU draws billions of weights in no time
+        if shape is None:
+            return LlamaForCausalLM(llama(name))
+        config = mistral_config(llama(name))
+        config.hidden_size, config.intermediate_size = shape["hidden"], shape["ffn"]
+        config.num_key_value_heads, config.num_attention_heads = shape["kv"], shape["kv"] * shape["query"]
+        return MistralForCausalLM(config)
 
 
 def make_trainer(

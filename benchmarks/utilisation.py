@@ -1,6 +1,6 @@
-"""How much of a GPU's matrix rate training reaches, in bf16 and compiled; and the ratios of steps.py there.
+"""How much of a GPU's matrix rate training reaches, in bf16 and compiled; and what a removal costs a step there.
 
-    python benchmarks/utilisation.py            # some 10 minutes on a GPU; without one it says so
+    python benchmarks/utilisation.py            # some 4 minutes on a GPU; without one it says so
     python benchmarks/utilisation.py --smoke    # the same code at a tiny shape on whatever is there; nothing to quote
 
 Utilisation is FLOPs of the model (6 a matrix weight and token, and attention) per second, over those of an 8192³ bf16
@@ -63,13 +63,14 @@ def main(smoke: bool) -> None:
     rows.append((f"{size}³ bf16 product", f"{rate / 1e12:.3f} TFLOP/s", ""))
     for name in ("tiny",) if smoke else ASKED:
         model, text = model_rate(name, "float32" if smoke else "bf16", *((4, 64) if smoke else (ROWS, SEQ_LEN)))
-        rows.append((f"utilisation, {name}", f"{model / rate:.2f} ({text})", "" if smoke else f"{ASKED[name]:.2f}"))
+        rows.append((f"utilisation, {name}", f"{model / rate:.3f} ({text})", "" if smoke else f"{ASKED[name]:.2f}"))
+        print(*rows[-1], file=sys.stderr)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     show(rows)
     if smoke:
-        steps.SHAPE, steps.SEQ_LEN, steps.ROUNDS, steps.PHASE_STEPS = "tiny", 64, 2, 6
-    steps.main(["steps", "phase"])
+        steps.SHAPE, steps.SEQ_LEN, steps.ROUNDS = "tiny", 64, 2
+    steps.main(["steps"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the experiments share: runs of `efficientllm prune` that differ in a few flags, and tables of what came of them.
 
-    python experiments/NAME/run.py [--scale tiny] [--shared ../shared] [--seeds 1 2 3] [--jobs 2] [--table]
+    python experiments/NAME/run.py [--scale tiny] [--shared ../shared] [--seeds 1 2 3] [--jobs 2] [--only RUN...]
+    python experiments/NAME/run.py --table
 
 Runs what is missing, `--jobs` at a time with one thread each, and goes on with what was broken off; then prints the
-table and writes it to the experiment's results.md. Experiments that name the same run share it. A run's folder is
+table and writes it to the experiment's results-SCALE.md. Experiments that name the same run share it. A run's folder is
 runs/experiments/SCALE/NAME-sSEED; its metrics, removals and config are kept in experiments/results.
 """
 
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from scales import SCALES, Scale
-from sources import source_of
+from sources import source_of, text_of
 
 from efficientllm.report.history import read_run
 
@@ -86,12 +87,17 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="make these runs alone")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; worth it on a GPU")
     parser.add_argument("--table", action="store_true", help="run nothing; only the table of what is there")
     asked = parser.parse_args()
     scale = SCALES[asked.scale]
     wanted = runs(scale)
     if not asked.table:
-        execute(wanted, asked.scale, scale, asked.shared, asked.seeds, asked.jobs)
+        made = [run for run in wanted if not asked.only or run.name in asked.only]
+        if asked.compile:
+            made = [replace(run, flags={"compile": True, **run.flags}) for run in made]
+        execute(made, asked.scale, scale, asked.shared, asked.seeds, asked.jobs)
     results = {run.name: found for run in wanted if (found := load(run, asked.scale, asked.seeds))}
     for run in wanted:
         done = [result.seed for result in results.get(run.name, [])]
@@ -140,7 +146,8 @@ def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subpro
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["prune", "--resume", "--out", str(out)]
     if not out.exists():
-        flags: dict[str, Any] = {**scale.flags(shared), "seed": seed, "threads": 1, "out": out, **run.flags}
+        text = text_of(scale, name, shared)
+        flags: dict[str, Any] = {**text, **scale.flags(), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
             flags["shape_of"] = folder(run.shape_of, name, seed)
         words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, name, shared))]

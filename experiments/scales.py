@@ -1,7 +1,6 @@
 """The scales of the experiments: a source, text, and what all runs of a scale have in common."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -22,10 +21,11 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Scale:
-    """Text is below the shared folder; `target` is half of the source's parameters.
+    """A source, its text, and the flags that all runs have; `target` is half of the source's parameters.
 
     Attributes:
         source: below the shared folder, or how it is made.
+        data, valid: text below the shared folder.
     """
 
     source: str | Pretraining
@@ -39,11 +39,9 @@ class Scale:
     batch_tokens: int
     lr: float
 
-    def flags(self, shared: Path) -> dict[str, Any]:
-        """Returns the flags of `prune` at this scale."""
+    def flags(self) -> dict[str, Any]:
+        """Returns the flags of `prune` at this scale, without its text."""
         return {
-            "data": shared / self.data,
-            "valid": shared / self.valid,
             "target_params": self.target,
             "prune_tokens": self.prune_tokens,
             "tokens": self.tokens,
@@ -71,15 +69,15 @@ SCALES = {
         batch_tokens=2_048,
         lr=3e-3,
     ),
-    # 8 million parameters, pretrained here on English Wikipedia and novels (about 28 million tokens of this tokenizer)
+    # 8 million parameters, pretrained on all of an English text (32 million tokens of this tokenizer), then 500 steps
     "small": Scale(
-        source=Pretraining(8192, 256, 704, 8, 8, 4, tokens=56_000_000, batch_tokens=32_768, lr=2e-3),
+        source=Pretraining(8192, 256, 704, 8, 8, 4, tokens=32_768_000, batch_tokens=32_768, lr=2e-3),
         data="data/english/train.jsonl.xz",
         valid="data/english/valid.jsonl.xz",
         params=7_999_744,
         target=4_000_000,
-        prune_tokens=7_000_000,
-        tokens=28_000_000,
+        prune_tokens=4_096_000,
+        tokens=16_384_000,
         seq_len=512,
         batch_tokens=32_768,
         lr=1e-3,

@@ -1,9 +1,9 @@
 """Pretrains the source of a scale that has none ready, on the scale's own text.
 
-    python experiments/sources.py --scale small [--shared ../shared] [--tokens N]
+    python experiments/sources.py --scale small [--shared ../shared] [--tokens N] [--compile]
 
-Trains a tokenizer, writes an untrained Llama and lets `efficientllm prune` train it without removing anything. The
-source lies in runs/experiments/SCALE/source/model; broken off, the command goes on.
+Trains a tokenizer, makes token shards of the text, writes an untrained Llama and lets `efficientllm prune` train it
+without removing anything. The source lies in runs/experiments/SCALE/source/model; broken off, the command goes on.
 """
 
 import argparse
@@ -28,11 +28,19 @@ def source_of(scale: Scale, name: str, shared: Path) -> Path:
     return shared / scale.source if isinstance(scale.source, str) else RUNS / name / "source/model"
 
 
+def text_of(scale: Scale, name: str, shared: Path) -> dict[str, Path]:
+    """Returns what a scale trains and validates on: text, or token shards where the source is made here."""
+    if isinstance(scale.source, str):
+        return {"data": shared / scale.data, "valid": shared / scale.valid}
+    return {"data": RUNS / name / "train", "valid": RUNS / name / "valid"}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=[name for name, each in SCALES.items() if not isinstance(each.source, str)])
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--tokens", type=int, help="fewer tokens, to see whether it works")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; worth it on a GPU")
     asked = parser.parse_args()
     scale = SCALES[asked.scale]
     recipe, run, untrained = scale.source, RUNS / asked.scale / "source", RUNS / asked.scale / "untrained"
@@ -40,14 +48,24 @@ def main() -> int:
     if not (untrained / "config.json").exists():
         sizes = {key: value for key, value in asdict(recipe).items() if key not in ("tokens", "batch_tokens", "lr")}
         write_model(texts(asked.shared / scale.data), untrained, max_position_embeddings=2 * scale.seq_len, **sizes)
-    words = ["prune", "--resume", "--out", str(run)]
-    if not run.exists():
-        tokens = asked.tokens or recipe.tokens
-        words = ["prune", str(untrained), "--init", "scratch", "--target-params", str(scale.params), "--out", str(run)]
-        words += ["--data", str(asked.shared / scale.data), "--valid", str(asked.shared / scale.valid)]
-        words += ["--tokens", str(tokens), "--prune-tokens", str(tokens), "--lr", str(recipe.lr)]
-        words += ["--seq-len", str(scale.seq_len), "--batch-tokens", str(recipe.batch_tokens)]
-    return subprocess.call([sys.executable, "-m", "efficientllm", *words])
+    shards = text_of(scale, asked.scale, asked.shared)
+    for part, text in (("data", scale.data), ("valid", scale.valid)):
+        if not shards[part].exists():
+            code = efficientllm("prepare", asked.shared / text, "--tokenizer", untrained, "--out", shards[part])
+            if code:
+                return code
+    if run.exists():
+        return efficientllm("prune", "--resume", "--out", run)
+    words = ["prune", untrained, "--init", "scratch", "--target-params", scale.params, "--out", run]
+    words += ["--data", shards["data"], "--valid", shards["valid"], "--lr", recipe.lr]
+    words += ["--tokens", asked.tokens or recipe.tokens, "--prune-tokens", asked.tokens or recipe.tokens]
+    words += ["--seq-len", scale.seq_len, "--batch-tokens", recipe.batch_tokens]
+    return efficientllm(*words, *(["--compile"] if asked.compile else []))
+
+
+def efficientllm(*words: object) -> int:
+    """Runs a command; returns its exit code."""
+    return subprocess.call([sys.executable, "-m", "efficientllm", *map(str, words)])
 
 
 def texts(data: Path) -> Iterator[str]:

@@ -29,7 +29,7 @@ DRAWN = {
     "efficientllm": "pruned while training, the defaults",
     "quarter-all-ema": "pruned while training, best found",
 }
-RATES = (1.5e-3, 6e-3)
+RATES = (0.5, 2)  # over the scale's
 OBS = {"method": "one-shot-obs", **NOT_GRADUAL}
 
 
@@ -45,7 +45,7 @@ def runs(scale: Scale) -> Sequence[Run]:
     found.append(Run("scratch", SCRATCH, shape_of="efficientllm"))
     found.append(Run("one-shot-shape", {"method": "one-shot", **NOT_GRADUAL, "target_params": None}, "efficientllm"))
     found.append(Run("quarter-all-ema", found_flags(scale)))
-    for rate in RATES:
+    for rate in (scale.lr * factor for factor in RATES):
         found.append(Run(f"efficientllm-lr{rate:g}", {"lr": rate}, seeds=1))
         found.append(Run(f"one-shot-lr{rate:g}", {"method": "one-shot", **NOT_GRADUAL, "lr": rate}, seeds=1))
         found.append(Run(f"scratch-lr{rate:g}", {**SCRATCH, "lr": rate}, "efficientllm", seeds=1))
