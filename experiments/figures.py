@@ -34,12 +34,14 @@ def draw_losses(runs: Mapping[str, Result], file: Path, steps: int = 20) -> None
     """Draws training loss, in means of so many steps, and held-out loss at the end of runs over tokens."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    lowest = float("inf")
     for colour, (title, result) in zip(COLOURS, runs.items(), strict=False):
         rows = [row for row in result.rows if row["loss"] is not None]
         means = [rows[n : n + steps] for n in range(0, len(rows) - steps + 1, steps)]
         losses = [sum(row.get("ce", row["loss"]) for row in each) / len(each) for each in means]
         axes.plot([each[-1]["tokens"] / 1e6 for each in means], losses, color=colour, lw=1.3, label=title)
-    axes.set(xlabel="million tokens", ylabel="loss on the text, nats per token", ylim=(1.3, 3.6))
+        lowest = min(lowest, *losses)
+    axes.set(xlabel="million tokens", ylabel="loss on the text, nats per token", ylim=(lowest - 0.1, lowest + 2.1))
     axes.legend(frameon=False, fontsize=8)
     save(figure, file)
 

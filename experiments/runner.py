@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     text = table(results, scale)
     print(text)
     command = f"python experiments/{Path(file).parent.name}/run.py --scale {asked.scale}"
-    head = f"<!-- {command}; {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {processor()}, one thread a run -->"
+    head = f"<!-- {command} --table; hardware and date: README.md -->"
     (Path(file).parent / f"results-{asked.scale}.md").write_text(f"{head}\n\n{text}\n")
 
 
@@ -132,7 +131,7 @@ def execute(wanted: Sequence[Run], name: str, scale: Scale, shared: Path, seeds:
             del under_way[key]
             if process.returncode:
                 failed.add(key)
-                log = folder(key[0], name, key[1]).with_suffix(".log")
+                log = log_of(folder(key[0], name, key[1]))
                 print(f"{key[0]}-s{key[1]} failed; see {log}", file=sys.stderr)
             else:
                 keep(*key, name)
@@ -146,16 +145,16 @@ def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subpro
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["prune", "--resume", "--out", str(out)]
     if not out.exists():
-        text = text_of(scale, name, shared)
+        text = text_of(scale, shared)
         flags: dict[str, Any] = {**text, **scale.flags(), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
             flags["shape_of"] = folder(run.shape_of, name, seed)
-        words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, name, shared))]
+        words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, shared))]
         for flag, value in flags.items():
             if value is not None:
                 words += ["--" + flag.replace("_", "-")] + ([] if value is True else [str(value)])
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = out.with_suffix(".log").open("wb")
+    log = log_of(out).open("wb")
     return subprocess.Popen([sys.executable, "-m", "efficientllm", *words], stdout=log, stderr=log, env=env)
 
 
@@ -165,6 +164,11 @@ def chosen(run: Run, seeds: list[int], position: int) -> list[int]:
 
 def folder(run: str, name: str, seed: int) -> Path:
     return HERE.parent / "runs/experiments" / name / f"{run}-s{seed}"
+
+
+def log_of(run: Path) -> Path:
+    """Returns what a run prints into; its name may hold a point."""
+    return run.with_name(f"{run.name}.log")
 
 
 def kept(run: str, name: str, seed: int) -> Path:
@@ -226,9 +230,3 @@ def with_error(values: Sequence[float], form: str = ".3f") -> str:
     if len(values) < 2:
         return format(mean(values), form)
     return f"{mean(values):{form}} ± {stdev(values) / len(values) ** 0.5:.3f}"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()

@@ -24,10 +24,12 @@ class Scale:
     """A source, its text, and the flags that all runs have; `target` is half of the source's parameters.
 
     Attributes:
+        name: its key in SCALES.
         source: below the shared folder, or how it is made.
         data, valid: text below the shared folder.
     """
 
+    name: str
     source: str | Pretraining
     data: str
     valid: str
@@ -55,9 +57,10 @@ class Scale:
         return round(self.params * (1 - share))
 
 
-SCALES = {
+_ALL = (
     # the real model of 260 thousand parameters on the text that it was trained on: 600 steps, half of them pruning
-    "tiny": Scale(
+    Scale(
+        "tiny",
         source="models/stories260K",
         data="data/tinystories/train.jsonl",
         valid="data/tinystories/valid.jsonl",
@@ -70,7 +73,8 @@ SCALES = {
         lr=3e-3,
     ),
     # 8 million parameters, pretrained on all of an English text (32 million tokens of this tokenizer), then 500 steps
-    "small": Scale(
+    Scale(
+        "small",
         source=Pretraining(8192, 256, 704, 8, 8, 4, tokens=32_768_000, batch_tokens=32_768, lr=2e-3),
         data="data/english/train.jsonl.xz",
         valid="data/english/valid.jsonl.xz",
@@ -83,7 +87,8 @@ SCALES = {
         lr=1e-3,
     ),
     # 101 million, for a GPU
-    "medium": Scale(
+    Scale(
+        "medium",
         source=Pretraining(32_768, 768, 2048, 12, 12, 4, tokens=200_000_000, batch_tokens=131_072, lr=1e-3),
         data="data/english/train.jsonl.xz",
         valid="data/english/valid.jsonl.xz",
@@ -95,4 +100,5 @@ SCALES = {
         batch_tokens=131_072,
         lr=6e-4,
     ),
-}
+)
+SCALES = {scale.name: scale for scale in _ALL}

@@ -23,16 +23,16 @@ RUNS = Path(__file__).parent.parent / "runs/experiments"
 DOCUMENTS = 5_000  # that the tokenizer is trained on
 
 
-def source_of(scale: Scale, name: str, shared: Path) -> Path:
+def source_of(scale: Scale, shared: Path) -> Path:
     """Returns the folder of a scale's source."""
-    return shared / scale.source if isinstance(scale.source, str) else RUNS / name / "source/model"
+    return shared / scale.source if isinstance(scale.source, str) else RUNS / scale.name / "source/model"
 
 
-def text_of(scale: Scale, name: str, shared: Path) -> dict[str, Path]:
+def text_of(scale: Scale, shared: Path) -> dict[str, Path]:
     """Returns what a scale trains and validates on: text, or token shards where the source is made here."""
     if isinstance(scale.source, str):
         return {"data": shared / scale.data, "valid": shared / scale.valid}
-    return {"data": RUNS / name / "train", "valid": RUNS / name / "valid"}
+    return {"data": RUNS / scale.name / "train", "valid": RUNS / scale.name / "valid"}
 
 
 def main() -> int:
@@ -43,12 +43,12 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compile the layers; worth it on a GPU")
     asked = parser.parse_args()
     scale = SCALES[asked.scale]
-    recipe, run, untrained = scale.source, RUNS / asked.scale / "source", RUNS / asked.scale / "untrained"
+    recipe, run, untrained = scale.source, RUNS / scale.name / "source", RUNS / scale.name / "untrained"
     assert isinstance(recipe, Pretraining)
     if not (untrained / "config.json").exists():
         sizes = {key: value for key, value in asdict(recipe).items() if key not in ("tokens", "batch_tokens", "lr")}
         write_model(texts(asked.shared / scale.data), untrained, max_position_embeddings=2 * scale.seq_len, **sizes)
-    shards = text_of(scale, asked.scale, asked.shared)
+    shards = text_of(scale, asked.shared)
     for part, text in (("data", scale.data), ("valid", scale.valid)):
         if not shards[part].exists():
             code = efficientllm("prepare", asked.shared / text, "--tokenizer", untrained, "--out", shards[part])

@@ -69,7 +69,7 @@ def runs(scale: Scale) -> Sequence[Run]:
 
 def table(results: Results, scale: Scale) -> str:
     drawn = {text: results[name][0] for name, text in DRAWN.items() if name in results}
-    draw_losses(drawn, Path(__file__).parent / "losses.svg")
+    draw_losses(drawn, Path(__file__).parent / f"losses-{scale.name}.svg")
     half = ["quarter-all-ema", *METHODS, "one-shot-shape", "scratch"]
     parts = ["Half of the parameters removed, equal tokens:", loss_table(results, {n: n for n in half}, "efficientllm")]
     rest = {name: name for name in results if name not in half}

@@ -1,4 +1,4 @@
-"""What it chose: which kinds went when, and the shapes that were left, beside the paper's figure A0. Draws a0.svg."""
+"""What it chose: which kinds went when, and the shapes that were left, beside the paper's figure A0. Draws a0."""
 
 import sys
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def table(results: Results, scale: Scale) -> str:
     drawn = {
         text: results[name][0] for name, text in NAMES.items() if name in ("efficientllm", "all-ema") & results.keys()
     }
-    draw_selection(drawn, Path(__file__).parent / "a0.svg")
+    draw_selection(drawn, Path(__file__).parent / f"a0-{scale.name}.svg")
     kinds = " | ".join(KINDS.values())
     lines = [f"| run, seed | shape: hidden, FFN, heads, KV | {kinds} |", "|---|---|" + "---|" * len(KINDS)]
     for name, text in NAMES.items():
