@@ -167,7 +167,8 @@ def parts(model: Any, units: Units) -> list[tuple[str, Tensor, Tensor | None]]:
     for dim in find_space(model).dims():
         for slot in dim.slots if units.get(dim.name) else ():
             if slot.role != "rider":
-                param, index = params[slot.param], entries(slot.start, slot.block, units[dim.name])
+                param = params[slot.param]
+                index = torch.tensor(entries(slot.start, slot.block, units[dim.name]))
                 grad = None if param.grad is None else param.grad.index_select(slot.axis, index)
                 found.append((slot.param, param.index_select(slot.axis, index), grad))
     return found

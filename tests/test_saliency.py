@@ -10,7 +10,7 @@ from torch import Tensor
 from efficientllm.pruning import saliency as module
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.removal import compact_, count_live_, retire_
-from efficientllm.pruning.saliency import Scores, are_whole, first_order, score_units, second_order, smooth
+from efficientllm.pruning.saliency import Scores, are_whole, first_order, score_units, second_order, smooth, sum_units
 from efficientllm.pruning.selection import queue_groups
 from efficientllm.space import Space, find_space
 from families import EVERY, FFN, HEAD_DIM, HIDDEN, LAYERS, VOCAB, batch, loss_of, make_model
@@ -25,8 +25,9 @@ def trained(name: str = "llama", heads: str = "grouped") -> tuple[Any, dict[str,
 
 
 def scores_of(model: Any, space: Space | None = None, **settings: Any) -> Scores:
-    params = dict(model.named_parameters())
-    return score_units(space or find_space(model), params, {key: p.grad for key, p in params.items()}, **settings)
+    params, space = dict(model.named_parameters()), space or find_space(model)
+    sums = sum_units(space, params, {key: p.grad for key, p in params.items()}, **settings)
+    return score_units(space, sums, settings.get("retired"))
 
 
 @pytest.mark.usefixtures("float64")

@@ -128,7 +128,7 @@ def _compensate_(
             for slot in dim.slots:
                 if slot.role == "consumer" and slot.axis == 1:
                     module = slot.param.rpartition(".")[0]
-                    removed[module].update(entries(slot.start, slot.block, units[dim.name]).tolist())
+                    removed[module].update(entries(slot.start, slot.block, units[dim.name]))
     readers = [names for names in consumer_inputs(space).values() if names[0] in removed and sampler.rows[names[0]]]
     for start in range(0, len(readers), layout.num_ranks):
         turn = readers[start : start + layout.num_ranks]

@@ -37,6 +37,7 @@ class LiveNorms:
     def __init__(self, lasting: bool = False) -> None:
         self.lasting = lasting
         self._corrections: dict[nn.Module, Correction] = {}
+        self._counts: dict[nn.Module, tuple[int, int]] = {}
 
     def set(self, norm: Any, live: int, size: int) -> None:
         """Makes an RMSNorm over `size` entries, `live` of them not retired, count the live ones."""
@@ -46,8 +47,10 @@ class LiveNorms:
         if norm not in self._corrections:
             self._corrections[norm] = _correct(norm)
         correction = self._corrections[norm]
-        correction.live_eps.fill_(correction.eps * live / size)
-        norm.live_scale.fill_(sqrt(live / size))
+        if self._counts.get(norm) != (live, size):
+            self._counts[norm] = live, size
+            correction.live_eps.fill_(correction.eps * live / size)
+            norm.live_scale.fill_(sqrt(live / size))
 
     def clear(self) -> None:
         """Takes every correction off."""
@@ -57,6 +60,7 @@ class LiveNorms:
     def _take_off(self, norm: Any) -> None:
         correction = self._corrections.pop(norm, None)
         if correction:
+            del self._counts[norm]
             correction.hook.remove()
             setattr(norm, correction.name, correction.eps)
             del norm.live_scale

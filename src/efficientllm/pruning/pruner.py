@@ -25,7 +25,7 @@ from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.planning import Plan, Planner, check_landing, complete_tiles
 from efficientllm.pruning.relabel import relabel_llama_
 from efficientllm.pruning.removal import check_state, count_live_, retire_
-from efficientllm.pruning.saliency import Saliency, Scored, Scores, are_whole, score_units, smooth
+from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, are_whole, score_units, smooth, sum_units
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
 from efficientllm.pruning.selection import Order, Removal
@@ -111,7 +111,8 @@ class Pruner:
         self.next_step = 0.0
         self._ledger = Ledger(space)
         self._planner = self._make_planner()
-        self._plan: Plan | None = None
+        self._is_scored = False  # whether this step's gradients have been, or need not be
+        self._sums: Sums | None = None
         self._norms = LiveNorms(self.layout.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -155,24 +156,33 @@ class Pruner:
         return not self.done and self._planner.is_due(step, self.next_step, self.shape)
 
     def score(self) -> None:
-        """Scores the present gradients and plans this step's removals; a loop that clips calls it before it does.
+        """Scores the present gradients for this step's removals; a loop that clips calls it before it does.
 
-        Without the call the optimizer's own step does it, from the gradients it is given. A plan whose step is skipped
-        is replaced by the next call's.
+        Without the call the optimizer's own step does it, from the gradients it is given. Scores whose step is skipped
+        are replaced by the next call's. They are looked at after the step: before it the host would wait for the
+        device, and the device then for the step.
         """
-        self._plan = self._plan_step(self.step + 1)
+        wanted = not self.done and (self.is_due(self.step + 1) or self.score_ema > 0)
+        self._sums = self._sum_units() if wanted else None
+        self._is_scored = True
 
-    @torch.no_grad()
     def unit_scores(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Scores | None:
         """Returns the saliency of every unit by the present gradients, on the CPU; None if they are broken.
 
         Args:
             gradient: what stands for a parameter's gradient; the parameter itself makes scores of |w·w|, magnitudes.
         """
+        return self._whole_scores(self._sum_units(gradient))
+
+    @torch.no_grad()
+    def _sum_units(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Sums | None:
+        """Returns the summed saliencies of every unit; None without a gradient."""
         params = dict(self.model.named_parameters())
         local = self.layout.local
         grads = {name: gradient(param) for name, param in params.items()}
-        scores = score_units(
+        if all(grad is None for grad in grads.values()):
+            return None
+        return sum_units(
             self.space,
             {name: local(param) for name, param in params.items()},
             {name: None if grad is None else local(grad) for name, grad in grads.items()},
@@ -184,9 +194,13 @@ class Pruner:
             shapes={name: param.shape for name, param in params.items()},
             add_up=self.layout.sum_shards,
         )
-        scores = {bundle: score.cpu() for bundle, score in scores.items()}  # choosing is the host's business
-        broken = all(grad is None for grad in grads.values()) or not are_whole(scores, self.space, self._ledger.retired)
-        return None if broken else scores
+
+    def _whole_scores(self, sums: Sums | None) -> Scores | None:
+        """Returns scores; None if they are broken, which says nothing about any unit."""
+        if sums is None:
+            return None
+        scores = score_units(self.space, sums, self._ledger.retired)
+        return scores if are_whole(scores, self.space, self._ledger.retired) else None
 
     def layerwise_scores(self, moments: Callable[[str], Tensor] | None = None) -> Scores:
         """Returns every unit's share of its consumers' outputs, from `moments` of their inputs, by first reader.
@@ -246,30 +260,19 @@ class Pruner:
         return args[:1], {**kwargs, "closure": scored_closure}
 
     def _score_once(self) -> None:
-        if self._plan is None:
+        if not self._is_scored:
             self.score()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
-        plan, self._plan = self._plan, None
-        if plan and plan.removals:
-            self._execute(plan)
+        scores = self._whole_scores(self._sums)
+        self._is_scored, self._sums = False, None
+        if scores is not None and self.score_ema:
+            self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
+        if scores is not None and self.is_due(self.step):
+            self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
         self.forget_inputs()
         self._rest_if_done()
-
-    @torch.no_grad()
-    def _plan_step(self, step: int) -> Plan:
-        """Returns this step's removals; none if the gradients are broken, which say nothing about any unit."""
-        nothing = Plan([], {}, self.next_step)
-        due = self.is_due(step)
-        if self.done or not (due or self.score_ema):
-            return nothing
-        scores = self.unit_scores()
-        if scores is None:
-            return nothing
-        if self.score_ema:
-            self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
-        return self._planner.plan(step, self.next_step, scores, self._ledger) if due else nothing
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
@@ -353,6 +356,6 @@ class Pruner:
         self.limits = Limits(**state["limits"])
         self.source_size = self.measure(self.limits.source)
         self._planner = self._make_planner()
-        self._plan = None
+        self._is_scored, self._sums = False, None
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         self._rest_if_done()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from math import sqrt
 from typing import Any
 
@@ -30,36 +31,43 @@ def retire_(
 
     `local` gives the part of a tensor that is held here, `first_row` the entry of axis 0 that it begins with.
     """
-    params = dict(model.named_parameters())
     dims = {dim.name: dim for dim in space.dims()}
-    for name, chosen in units.items():
-        for slot in dims[name].slots:
-            if slot.role == "rider" or not chosen:
-                continue
-            param = params[slot.param]
-            index = entries(slot.start, slot.block, chosen).to(param.device)
-            if slot.axis == 0:
-                index = index - first_row(param)
-                index = index[(index >= 0) & (index < len(local(param)))]
-            for tensor in (param, param.grad, *state_tensors(optimizer, param).values()):
-                if tensor is not None:
-                    local(tensor).index_fill_(slot.axis, index, 0)
+    slots = [(slot, chosen) for name, chosen in units.items() if chosen for slot in dims[name].slots]
+    places = [(slot, chosen, model.get_parameter(slot.param)) for slot, chosen in slots if slot.role != "rider"]
+    indices = []
+    for slot, chosen, param in places:
+        first = first_row(param) if slot.axis == 0 else 0
+        held = range(local(param).shape[slot.axis])
+        index = [entry - first for entry in entries(slot.start, slot.block, chosen)]
+        indices.append([entry for entry in index if entry in held])
+    moved = _moved(indices, [param.device for _, _, param in places])
+    for (slot, _, param), gone in zip(places, moved, strict=True):
+        for tensor in (param, param.grad, *state_tensors(optimizer, param).values()):
+            if tensor is not None:
+                local(tensor).index_fill_(slot.axis, gone, 0)
+
+
+def _moved(indices: list[list[int]], devices: list[torch.device]) -> list[Tensor]:
+    """Returns each list on its device, with one copy a device: each copy waits until all before it is done."""
+    whole = torch.tensor(list(chain.from_iterable(indices)), dtype=torch.long)
+    lengths = [len(index) for index in indices]
+    there = {device: torch.split(whole.to(device), lengths) for device in set(devices)}
+    return [there[device][number] for number, device in enumerate(devices)]
 
 
 def count_live_(model: nn.Module, norms: LiveNorms, space: Space, retired: Retired) -> None:
     """Makes the norms and the embedding's scale count the units that are not retired."""
     live = live_lengths(space, retired)
-    params = dict(model.named_parameters())
     riders = {slot.param for dim in space.dims() for slot in dim.slots if slot.role == "rider"}
     for name in riders:
-        size = params[name].shape[0]
-        norms.set(model.get_submodule(name.rpartition(".")[0]), live.get((name, 0), size), size)
+        norm: Any = model.get_submodule(name.rpartition(".")[0])
+        size = len(norm.weight)
+        norms.set(norm, live.get((name, 0), size), size)
     hidden = space.shape["hidden"] - len(retired.get("hidden", ()))
-    for embedding in model.modules():
-        module: Any = embedding
-        if hasattr(module, "scalar_embed_scale"):  # Gemma multiplies embeddings by sqrt(hidden_size)
-            module.scalar_embed_scale = sqrt(hidden)
-            module.embed_scale.fill_(sqrt(hidden))
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma multiplies embeddings by sqrt(hidden_size)
+        embedding.scalar_embed_scale = sqrt(hidden)
+        embedding.embed_scale.fill_(sqrt(hidden))
 
 
 @torch.no_grad()
@@ -113,16 +121,16 @@ def take_(
 
 def kept_entries(model: nn.Module, space: Space, units: Retired) -> dict[str, list[tuple[int, Tensor]]]:
     """Returns which entries stay of every parameter that loses some: (axis, indices) pairs by its name."""
-    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    gone: dict[tuple[str, int], list[int]] = defaultdict(list)
     for dim in space.dims():
         if units.get(dim.name):
             for slot in dim.slots:
-                gone[slot.param, slot.axis].append(entries(slot.start, slot.block, units[dim.name]))
+                gone[slot.param, slot.axis].extend(entries(slot.start, slot.block, units[dim.name]))
     kept: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     params = dict(model.named_parameters())
     for (name, axis), indices in gone.items():
         mask = torch.ones(params[name].shape[axis], dtype=torch.bool)
-        mask[torch.cat(indices)] = False
+        mask[indices] = False
         kept[name].append((axis, mask.nonzero().flatten().to(params[name].device)))
     return kept
 
@@ -139,10 +147,9 @@ def resize_config(model: nn.Module, shape: Shape, head_dim: int) -> None:
     follow_config_(model)
 
 
-def entries(start: int, block: int, units: list[int]) -> Tensor:
+def entries(start: int, block: int, units: list[int]) -> list[int]:
     """Returns the indices that units own along a slot's axis."""
-    first = start + torch.tensor(units, dtype=torch.long) * block
-    return (first[:, None] + torch.arange(block)).flatten()
+    return [start + unit * block + entry for unit in units for entry in range(block)]
 
 
 def state_tensors(optimizer: Optimizer | None, param: nn.Parameter) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Scores are per-element means, not sums, so that a head and a channel compare (Ef
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from efficientllm.space.dims import Slot, Space
 
 Scored = Literal["output", "all"]
 Saliency = Literal["first", "fisher"]
-Scores = dict[str, Tensor]  # by bundle: (its dims, units), float32
+Scores = dict[str, Tensor]  # by bundle: (its dims, units), float32, on the CPU
 Retired = Mapping[str, list[int]]  # units that are zero but not yet compacted, by dim name
 
 CHUNK = 4_194_304  # elements of one temporary: |w·g| of a whole embedding would add to the peak memory
@@ -38,7 +39,32 @@ SALIENCIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 }
 
 
-def score_units(
+@dataclass(frozen=True)
+class Sums:
+    """Element saliencies summed over every unit, before they are looked at.
+
+    Attributes:
+        totals: of all units, one dim after the other, on the device.
+        counts: elements of a unit by dim, in that order; retired ones count nowhere.
+    """
+
+    totals: Tensor
+    counts: dict[str, int]
+
+
+def score_units(space: Space, sums: Sums, retired: Retired | None = None) -> Scores:
+    """Returns the mean element saliency of every unit, infinity for retired ones; waits for the device."""
+    retired = retired or {}
+    sizes = {dim.name: dim.size for dim in space.dims()}
+    parts = torch.split(sums.totals.cpu(), [sizes[name] for name in sums.counts])  # choosing is the host's business
+    means = {name: part / sums.counts[name] for name, part in zip(sums.counts, parts, strict=True)}
+    for name, units in retired.items():
+        if units:
+            means[name][units] = torch.inf
+    return {name: torch.stack([means[dim.name] for dim in bundle.dims]) for name, bundle in space.bundles.items()}
+
+
+def sum_units(
     space: Space,
     weights: Mapping[str, Tensor],
     grads: Mapping[str, Tensor | None],
@@ -50,8 +76,8 @@ def score_units(
     first_rows: Mapping[str, int] | None = None,
     shapes: Mapping[str, torch.Size] | None = None,
     add_up: Callable[[list[Tensor]], list[Tensor]] = list,
-) -> Scores:
-    """Returns the mean element saliency of every unit; retired units get infinity and count nowhere.
+) -> Sums:
+    """Returns the saliencies of all units' elements, summed; never waits for the device.
 
     Args:
         weights, grads: by parameter name, any shape that the space's slots describe; a missing gradient scores zero.
@@ -61,14 +87,13 @@ def score_units(
         first_rows, shapes, add_up: where the tensors are parts of larger ones, some rows each: which row of the whole
             each begins with, the whole's shape, and what sums a list of vectors over all parts.
     """
-    retired = retired or {}
     element = SALIENCIES[saliency]
     by_param: dict[str, list[tuple[str, int, Slot]]] = defaultdict(list)
     for dim in space.dims():
         for slot in dim.slots:
             if slot.role != "rider" and (slot.output or scored == "all"):
                 by_param[slot.param].append((dim.name, dim.size, slot))
-    live = live_lengths(space, retired)
+    live = live_lengths(space, retired or {})
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
     for name, slots in by_param.items():
@@ -85,15 +110,7 @@ def score_units(
                 if axis != slot.axis:
                     others *= live.get((name, axis), length)
             counts[dim_name] += slot.block * others
-    totals = dict(zip(totals, add_up(list(totals.values())), strict=True))
-    scores: Scores = {}
-    for name, bundle in space.bundles.items():
-        rows = [totals[dim.name] / counts[dim.name] for dim in bundle.dims]
-        scores[name] = torch.stack(rows)
-        for row, dim in enumerate(bundle.dims):
-            if retired.get(dim.name):
-                scores[name][row, retired[dim.name]] = torch.inf
-    return scores
+    return Sums(torch.cat(add_up(list(totals.values()))), {name: counts[name] for name in totals})
 
 
 def are_whole(scores: Scores, space: Space, retired: Retired) -> bool:
