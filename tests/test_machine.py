@@ -20,7 +20,7 @@ from efficientllm.pruning import LinearPace, Pruner
 from efficientllm.space import find_limits, find_space
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import default_precision, default_threads, physical_cores
-from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
+from efficientllm.training.loss import chunked_loss_, token_slopes_
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.trainer import Trainer
@@ -99,7 +99,7 @@ def pruned(engine: Engine, name: str, compensate: bool, steps: int = 12) -> tupl
     """Losses, removals and the physical shape of every step of a short run."""
     model = make_model(name, dtype=torch.float32)
     space = find_space(model)
-    chunked_loss_(model, engine.compiled(loss_and_slopes_))
+    chunked_loss_(model, engine.compiled(token_slopes_))
     model = engine.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     pruner = Pruner(

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientllm.training.loss import CHUNK, chunked, loss_and_slopes_, soft_cap_, unbend_
+from efficientllm.training.loss import (
+    CHUNK,
+    chunked,
+    loss_and_slopes_,
+    precise_logits,
+    put_slopes_,
+    soft_cap_,
+    unbend_,
+)
 
 DistilledSlopes = Callable[[Tensor, Tensor, Tensor, float | None, float, float], Tensor]
 
@@ -60,15 +68,16 @@ class Lesson:
             scale, cap: of the student's logits.
         """
 
-        def turn(logits: Tensor, at: slice) -> Tensor:
-            theirs = (self.states[at] @ self.head.T).to(logits.dtype)
-            if self.scale != 1:
-                theirs *= self.scale
+        def turn(logits: Tensor, at: slice, factor: float) -> Tensor:
+            z = precise_logits(logits, scale)
+            theirs = precise_logits(self.states[at] @ self.head.T, self.scale).to(z.dtype)
             if self.cap is not None:
                 soft_cap_(theirs, self.cap)
-            return self.slopes(logits, theirs, targets[at], cap, self.weight, self.temperature)
+            sums = self.slopes(z, theirs, targets[at], cap, self.weight, self.temperature)
+            put_slopes_(logits, z.mul_(scale * factor))
+            return sums
 
-        loss, parts = chunked(h, W, turn, scale=scale, rows=max(1, self.chunk // 2 // W.shape[0]))
+        loss, parts = chunked(h, W, turn, rows=max(1, self.chunk // 2 // W.shape[0]))
         if self.kept is None or self.hidden_weight is None:
             return loss, parts
         distance = state_distance(h, self.states, self.kept)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 CHUNK = 2**25  # logits at once: 128 MiB in float32
 
-Slopes = Callable[[Tensor, Tensor, float | None], Tensor]
-Turn = Callable[[Tensor, slice], Tensor]
+Slopes = Callable[[Tensor, Tensor, float, float | None, float], Tensor]
+Turn = Callable[[Tensor, slice, float], Tensor]
 
 
 def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
@@ -34,7 +34,7 @@ def chunked_loss_(model: nn.Module, slopes: Slopes | None = None) -> None:
     With a `lesson` as well the loss is the lesson's, of what a teacher makes of the same tokens.
 
     Args:
-        slopes: what turns a chunk's logits into losses and slopes (default: `loss_and_slopes_`; or it, compiled).
+        slopes: what turns a chunk's logits into losses and slopes (default: `token_slopes_`; or it, compiled).
     """
     stock = type(model).forward
 
@@ -89,26 +89,49 @@ def next_token_loss(
 
     Equals `cross_entropy(scale * h @ W.T, targets)` in float32 or above. Under autocast the products run in its dtype.
     """
-    each = slopes or loss_and_slopes_
+    each = slopes or token_slopes_
 
-    def turn(logits: Tensor, at: slice) -> Tensor:
-        return each(logits, targets[at], cap)[None]
+    def turn(logits: Tensor, at: slice, factor: float) -> Tensor:
+        return each(logits, targets[at], scale, cap, factor)[None]
 
-    return chunked(h, W, turn, scale=scale, rows=max(1, chunk // W.shape[0]))[0]
+    return chunked(h, W, turn, rows=max(1, chunk // W.shape[0]))[0]
 
 
-def chunked(h: Tensor, W: Tensor, turn: Turn, *, scale: float, rows: int) -> tuple[Tensor, Tensor]:
+def chunked(h: Tensor, W: Tensor, turn: Turn, *, rows: int) -> tuple[Tensor, Tensor]:
     """Returns the means over tokens of what `turn` sums up: the first, with its gradients by h and W, and the others.
 
     Args:
-        turn: gets scale·h Wᵀ of a slice of the tokens, (n, vocab), and the slice; overwrites them with the slopes of
-            its first sum.
+        turn: gets h Wᵀ of a slice of the tokens, (n, vocab), in the dtype of the products, the slice and a factor;
+            overwrites them with the slopes by h Wᵀ of its first sum, times the factor.
         rows: tokens of a slice, at most.
     """
     if not torch.is_grad_enabled():  # a Function computes every gradient that its inputs could have
         h, W = h.detach(), W.detach()
-    loss, others = _ChunkedLoss.apply(h, W, turn, scale, rows)  # type: ignore[no-untyped-call]
+    loss, others = _ChunkedLoss.apply(h, W, turn, rows)  # type: ignore[no-untyped-call]
     return loss, others
+
+
+def token_slopes_(logits: Tensor, targets: Tensor, scale: float, cap: float | None, factor: float) -> Tensor:
+    """Returns the summed cross-entropy of scale·logits, computed in float32, and overwrites them with its slopes.
+
+    All in one function, so that a compiled one reads and writes the logits in their own dtype alone.
+    """
+    z = precise_logits(logits, scale)
+    loss = loss_and_slopes_(z, targets, cap)
+    put_slopes_(logits, z.mul_(scale * factor))
+    return loss
+
+
+def precise_logits(logits: Tensor, scale: float) -> Tensor:
+    """Returns scale·logits in float32 or above; in place if they are."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return z if scale == 1 else z.mul_(scale)
+
+
+def put_slopes_(logits: Tensor, slopes: Tensor) -> None:
+    """Overwrites logits with the slopes that `precise_logits` of them have become."""
+    if slopes.dtype != logits.dtype:  # else they are the same tensor
+        logits.copy_(slopes)
 
 
 def loss_and_slopes_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
@@ -142,7 +165,7 @@ class _ChunkedLoss(Function):
     """Both gradients are ready when the forward pass is over; the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, W: Tensor, turn: Turn, scale: float, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, h: Tensor, W: Tensor, turn: Turn, rows: int) -> tuple[Tensor, Tensor]:
         device, precise = h.device.type, torch.promote_types(h.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         with torch.autocast(device, enabled=False):
@@ -154,11 +177,8 @@ class _ChunkedLoss(Function):
             for start in range(0, len(h), rows):
                 at = slice(start, start + rows)
                 part = inputs[at]
-                logits = (part @ head.T).to(precise)
-                if scale != 1:
-                    logits *= scale
-                sums = sums + turn(logits, at)
-                slope = logits.mul_(scale / len(h)).to(dtype)
+                slope = part @ head.T  # logits yet
+                sums = sums + turn(slope, at, 1 / len(h))
                 if grad_h is not None:
                     torch.mm(slope, head, out=grad_h[at])
                 if grad_W is not None and dtype == precise:
@@ -180,4 +200,4 @@ class _ChunkedLoss(Function):
         grad_h, grad_W = (
             None if grad is None else grad.mul_(slope).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return grad_h, grad_W, None, None, None
+        return grad_h, grad_W, None, None

@@ -19,7 +19,7 @@ from efficientllm.training.checkpoint import Checkpoint
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import is_out_of_memory
 from efficientllm.training.fisher import Fisher
-from efficientllm.training.loss import chunked_loss_, loss_and_slopes_
+from efficientllm.training.loss import chunked_loss_, token_slopes_
 from efficientllm.training.memory import divisors
 from efficientllm.training.methods import METHODS
 from efficientllm.training.metrics import Metrics
@@ -66,7 +66,7 @@ class Trainer:
         model.train()
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        chunked_loss_(model, engine.compiled(loss_and_slopes_))
+        chunked_loss_(model, engine.compiled(token_slopes_))
         model = engine.wrap(model)
         self.teacher = Teacher(teacher, config, engine) if teacher is not None else None
         self.optimizer = make_optimizer(model, recipe)
