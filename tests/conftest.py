@@ -1,5 +1,10 @@
 """Fixtures of the whole suite."""
 
+import os
+
+# before torch reads it: these models are too small for a second thread, which spins where others use the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -164,9 +164,9 @@ def make_trainer(**changes: Any) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("teacher", [{}, {"distill": "source", "distill_hidden": 0.5}])
-def test_a_step_without_removal_never_waits_for_the_device(teacher: dict[str, Any]) -> None:
-    trainer = make_trainer(**teacher)
+@pytest.mark.parametrize("settings", [{}, {"distill": "source", "distill_hidden": 0.5}, {"score_ema": 0.9}])
+def test_a_step_without_removal_never_waits_for_the_device(settings: dict[str, Any]) -> None:
+    trainer = make_trainer(**settings)
     waits, removals = [], []
     for _ in range(16):
         before = len(trainer.pruner.removals)

@@ -33,6 +33,8 @@ from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
 
+MOST_WAITING = 64  # steps whose scores stay on the device before they join the average
+
 
 class Pruner:
     """Removes minimal parameter groups from a model while an optimizer trains it, until it has the target size.
@@ -113,6 +115,7 @@ class Pruner:
         self._planner = self._make_planner()
         self._is_scored = False  # whether this step's gradients have been, or need not be
         self._sums: Sums | None = None
+        self._waiting: list[Sums] = []  # those of earlier steps, which an average still needs
         self._norms = LiveNorms(self.layout.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -172,7 +175,8 @@ class Pruner:
         Args:
             gradient: what stands for a parameter's gradient; the parameter itself makes scores of |w·w|, magnitudes.
         """
-        return self._whole_scores(self._sum_units(gradient))
+        sums = self._sum_units(gradient)
+        return None if sums is None else self._whole_scores(sums)
 
     @torch.no_grad()
     def _sum_units(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Sums | None:
@@ -195,10 +199,8 @@ class Pruner:
             add_up=self.layout.sum_shards,
         )
 
-    def _whole_scores(self, sums: Sums | None) -> Scores | None:
+    def _whole_scores(self, sums: Sums) -> Scores | None:
         """Returns scores; None if they are broken, which says nothing about any unit."""
-        if sums is None:
-            return None
         scores = score_units(self.space, sums, self._ledger.retired)
         return scores if are_whole(scores, self.space, self._ledger.retired) else None
 
@@ -265,14 +267,25 @@ class Pruner:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
-        scores = self._whole_scores(self._sums)
-        self._is_scored, self._sums = False, None
-        if scores is not None and self.score_ema:
-            self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
-        if scores is not None and self.is_due(self.step):
-            self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
+        sums, self._is_scored, self._sums = self._sums, False, None
+        if sums is not None:
+            self._waiting.append(sums)
+            due = self.is_due(self.step)
+            scores = self._look() if due or len(self._waiting) == MOST_WAITING else None
+            if scores is not None and due:
+                self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
         self.forget_inputs()
         self._rest_if_done()
+
+    def _look(self) -> Scores | None:
+        """Returns the scores that wait on the device, averaged; None if the last are broken."""
+        waiting, self._waiting = self._waiting, []
+        scores = None
+        for sums in waiting:
+            scores = self._whole_scores(sums)
+            if scores is not None and self.score_ema:
+                self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
+        return scores
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
@@ -298,6 +311,7 @@ class Pruner:
     def _compact(self, tiles: Mapping[str, int]) -> None:
         units = self._ledger.waiting(tiles)
         if units:
+            self._look()  # before units are numbered anew
             model = self.layout.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
@@ -335,6 +349,7 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""
+        self._look()
         return {
             "step": self.step,
             "next_step": self.next_step,
@@ -356,6 +371,6 @@ class Pruner:
         self.limits = Limits(**state["limits"])
         self.source_size = self.measure(self.limits.source)
         self._planner = self._make_planner()
-        self._is_scored, self._sums = False, None
+        self._is_scored, self._sums, self._waiting = False, None, []
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         self._rest_if_done()
