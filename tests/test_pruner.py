@@ -613,3 +613,23 @@ def test_removals_leave_frozen_parameters_frozen() -> None:
     pruner = prune(model, adamw(nn.ModuleList([model.model.layers, model.model.norm, model.lm_head])))
     loop(pruner, 22)
     assert pruner.done and not model.model.embed_tokens.weight.requires_grad
+
+
+def test_an_average_does_not_depend_on_how_long_scores_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They join it when a removal is due, when too many wait, before units are numbered anew, and in a state."""
+    kept = []
+    for most in (1, 3, 64):
+        monkeypatch.setattr("efficientllm.pruning.pruner.MOST_WAITING", most)
+        pruner = prune(make_model("llama"), pace=SlotPace(4), score_ema=0.9)
+        loop(pruner, 30)
+        pruner.compact()
+        loop(pruner, 7, start=30)
+        kept.append((rows(pruner), pruner.state_dict()["average"]))
+    (first, average), *others = kept
+    assert len(first) > 5 and not pruner.done
+    for same, scores in others:
+        assert same == first and scores.keys() == average.keys() != set()
+        assert all(torch.equal(scores[name], average[name]) for name in average)
+    plain = prune(make_model("llama"), pace=SlotPace(4))
+    loop(plain, 37)
+    assert rows(plain) != first  # the negative control: the average counts
