@@ -619,7 +619,7 @@ def test_an_average_does_not_depend_on_how_long_scores_wait(monkeypatch: pytest.
     """They join it when a removal is due, when too many wait, before units are numbered anew, and in a state."""
     kept = []
     for most in (1, 3, 64):
-        monkeypatch.setattr("efficientllm.pruning.pruner.MOST_WAITING", most)
+        monkeypatch.setattr("efficientllm.pruning.scoring.MOST_WAITING", most)
         pruner = prune(make_model("llama"), pace=SlotPace(4), score_ema=0.9)
         loop(pruner, 30)
         pruner.compact()

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,15 +24,14 @@ from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.planning import Plan, Planner, check_landing, complete_tiles
 from efficientllm.pruning.relabel import relabel_llama_
 from efficientllm.pruning.removal import check_state, count_live_, retire_
-from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, are_whole, score_units, smooth, sum_units
+from efficientllm.pruning.saliency import Saliency, Scored, Scores
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
+from efficientllm.pruning.scoring import Gradient, Scorer
 from efficientllm.pruning.selection import Order, Removal
 from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
-
-MOST_WAITING = 64  # steps whose scores stay on the device before they join the average
 
 
 class Pruner:
@@ -59,6 +57,7 @@ class Pruner:
     Attributes:
         removals: every `Removal` so far.
         step: optimizer steps seen.
+        scorer: what scores the gradients; its `fishers` may be set before each step.
 
     Raises:
         BudgetError, UnsupportedModelError: as find_space and check_target do.
@@ -103,19 +102,15 @@ class Pruner:
         self.model, self.optimizer = model, optimizer
         self.layout, self.per_layer = layout or Layout(), per_layer
         self.pace = pace or SlotPace(slot_steps=1)
-        self.saliency, self.scored, self.score_ema = saliency, score, score_ema
         self.compaction_tile = compaction_tile
         self.target_params = target_params
         self.on_landing = on_landing
         self.removals: list[Removal] = []
-        self.fishers: dict[str, Tensor] | None = None
         self.step = 0
         self.next_step = 0.0
         self._ledger = Ledger(space)
         self._planner = self._make_planner()
-        self._is_scored = False  # whether this step's gradients have been, or need not be
-        self._sums: Sums | None = None
-        self._waiting: list[Sums] = []  # those of earlier steps, which an average still needs
+        self.scorer = Scorer(self._ledger, self.layout, saliency, score, score_ema)
         self._norms = LiveNorms(self.layout.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -162,47 +157,18 @@ class Pruner:
         """Scores the present gradients for this step's removals; a loop that clips calls it before it does.
 
         Without the call the optimizer's own step does it, from the gradients it is given. Scores whose step is skipped
-        are replaced by the next call's. They are looked at after the step: before it the host would wait for the
-        device, and the device then for the step.
+        are replaced by the next call's.
         """
-        wanted = not self.done and (self.is_due(self.step + 1) or self.score_ema > 0)
-        self._sums = self._sum_units() if wanted else None
-        self._is_scored = True
+        if not self.done:
+            self.scorer.score(self.model, self.is_due(self.step + 1))
 
-    def unit_scores(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Scores | None:
+    def unit_scores(self, gradient: Gradient | None = None) -> Scores | None:
         """Returns the saliency of every unit by the present gradients, on the CPU; None if they are broken.
 
         Args:
             gradient: what stands for a parameter's gradient; the parameter itself makes scores of |w·w|, magnitudes.
         """
-        sums = self._sum_units(gradient)
-        return None if sums is None else self._whole_scores(sums)
-
-    @torch.no_grad()
-    def _sum_units(self, gradient: Callable[[Tensor], Tensor | None] = lambda param: param.grad) -> Sums | None:
-        """Returns the summed saliencies of every unit; None without a gradient."""
-        params = dict(self.model.named_parameters())
-        local = self.layout.local
-        grads = {name: gradient(param) for name, param in params.items()}
-        if all(grad is None for grad in grads.values()):
-            return None
-        return sum_units(
-            self.space,
-            {name: local(param) for name, param in params.items()},
-            {name: None if grad is None else local(grad) for name, grad in grads.items()},
-            saliency=self.saliency,
-            scored=self.scored,
-            retired=self._ledger.retired,
-            fishers={name: local(fisher) for name, fisher in self.fishers.items()} if self.fishers else None,
-            first_rows={name: self.layout.first_row(param) for name, param in params.items()},
-            shapes={name: param.shape for name, param in params.items()},
-            add_up=self.layout.sum_shards,
-        )
-
-    def _whole_scores(self, sums: Sums) -> Scores | None:
-        """Returns scores; None if they are broken, which says nothing about any unit."""
-        scores = score_units(self.space, sums, self._ledger.retired)
-        return scores if are_whole(scores, self.space, self._ledger.retired) else None
+        return self.scorer.now(self.model, gradient)
 
     def layerwise_scores(self, moments: Callable[[str], Tensor] | None = None) -> Scores:
         """Returns every unit's share of its consumers' outputs, from `moments` of their inputs, by first reader.
@@ -262,30 +228,16 @@ class Pruner:
         return args[:1], {**kwargs, "closure": scored_closure}
 
     def _score_once(self) -> None:
-        if not self._is_scored:
+        if not self.scorer.is_scored:
             self.score()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
-        sums, self._is_scored, self._sums = self._sums, False, None
-        if sums is not None:
-            self._waiting.append(sums)
-            due = self.is_due(self.step)
-            scores = self._look() if due or len(self._waiting) == MOST_WAITING else None
-            if scores is not None and due:
-                self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
+        scores = self.scorer.take(self.is_due(self.step))
+        if scores is not None:
+            self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
         self.forget_inputs()
         self._rest_if_done()
-
-    def _look(self) -> Scores | None:
-        """Returns the scores that wait on the device, averaged; None if the last are broken."""
-        waiting, self._waiting = self._waiting, []
-        scores = None
-        for sums in waiting:
-            scores = self._whole_scores(sums)
-            if scores is not None and self.score_ema:
-                self._ledger.average = scores = smooth(self._ledger.average, scores, self.score_ema)
-        return scores
 
     def _execute(self, plan: Plan) -> None:
         check_state(self.optimizer)
@@ -311,7 +263,7 @@ class Pruner:
     def _compact(self, tiles: Mapping[str, int]) -> None:
         units = self._ledger.waiting(tiles)
         if units:
-            self._look()  # before units are numbered anew
+            self.scorer.look()  # before units are numbered anew
             model = self.layout.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
@@ -349,7 +301,7 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""
-        self._look()
+        self.scorer.look()
         return {
             "step": self.step,
             "next_step": self.next_step,
@@ -371,6 +323,6 @@ class Pruner:
         self.limits = Limits(**state["limits"])
         self.source_size = self.measure(self.limits.source)
         self._planner = self._make_planner()
-        self._is_scored, self._sums, self._waiting = False, None, []
+        self.scorer.clear()
         count_live_(self.model, self._norms, self.space, self._ledger.retired)
         self._rest_if_done()

@@ -130,7 +130,7 @@ class Trainer:
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
         norm = self.engine.whole(get_total_norm(gradients))
         before = len(self.pruner.removals)
-        self.pruner.fishers = fishers
+        self.pruner.scorer.fishers = fishers
         self.pruner.score()  # before clipping: the Fisher form is not indifferent to it
         clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
         # the fused AdamW leaves everything as it is where this is 1; the pace and the data go on
@@ -146,7 +146,7 @@ class Trainer:
     @contextmanager
     def gradients(self) -> Iterator[None]:
         """Holds the gradient of the next batch in the model meanwhile, and takes no step by it."""
-        _, self.pruner.fishers = self._backward(self.step + 1)
+        _, self.pruner.scorer.fishers = self._backward(self.step + 1)
         yield
         self.optimizer.zero_grad(set_to_none=True)
 
