@@ -13,7 +13,7 @@ from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, are_whole, score_units, smooth, sum_units
 
-MOST_WAITING = 64  # steps whose sums stay on the device before they join the average
+MOST_WAITING = 16  # steps whose sums stay on the device before they join the average
 
 Gradient = Callable[[Tensor], Tensor | None]
 
