@@ -92,11 +92,13 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     asked = parser.parse_args()
     scale = SCALES[asked.scale]
     wanted = runs(scale)
+    if unknown := set(asked.only or ()) - {run.name for run in wanted}:
+        parser.error(f"--only: no run {', '.join(sorted(unknown))}; there are {', '.join(run.name for run in wanted)}")
     if not asked.table:
         made = [run for run in wanted if not asked.only or run.name in asked.only]
         if asked.compile:
             made = [replace(run, flags={"compile": True, **run.flags}) for run in made]
-        execute(made, asked.scale, scale, asked.shared, asked.seeds, asked.jobs)
+        execute(made, scale, asked.shared, asked.seeds, asked.jobs)
     results = {run.name: found for run in wanted if (found := load(run, asked.scale, asked.seeds))}
     for run in wanted:
         done = [result.seed for result in results.get(run.name, [])]
@@ -108,8 +110,9 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     (Path(file).parent / f"results-{asked.scale}.md").write_text(f"{head}\n\n{text}\n")
 
 
-def execute(wanted: Sequence[Run], name: str, scale: Scale, shared: Path, seeds: list[int], jobs: int) -> None:
+def execute(wanted: Sequence[Run], scale: Scale, shared: Path, seeds: list[int], jobs: int) -> None:
     """Makes the runs that are missing; one whose shape another takes comes first."""
+    name = scale.name
     waiting = [(run, seed) for position in range(len(seeds)) for run in wanted for seed in chosen(run, seeds, position)]
     waiting = [(run, seed) for run, seed in waiting if not kept(run.name, name, seed).exists()]
     under_way: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -122,7 +125,7 @@ def execute(wanted: Sequence[Run], name: str, scale: Scale, shared: Path, seeds:
                 failed.add((run.name, seed))
             elif len(under_way) < jobs and not needs:
                 waiting.remove((run, seed))
-                under_way[run.name, seed] = start(run, name, scale, shared, seed)
+                under_way[run.name, seed] = start(run, scale, shared, seed)
                 print(f"{time.strftime('%H:%M:%S')} {run.name}-s{seed} ({len(waiting)} wait)", file=sys.stderr)
         time.sleep(1)
         for key, process in list(under_way.items()):
@@ -140,15 +143,15 @@ def execute(wanted: Sequence[Run], name: str, scale: Scale, shared: Path, seeds:
             raise SystemExit(f"runs wait for the shapes of {', '.join(map(str, missing))}, which nothing makes")
 
 
-def start(run: Run, name: str, scale: Scale, shared: Path, seed: int) -> "subprocess.Popen[bytes]":
-    out = folder(run.name, name, seed)
+def start(run: Run, scale: Scale, shared: Path, seed: int) -> "subprocess.Popen[bytes]":
+    out = folder(run.name, scale.name, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["prune", "--resume", "--out", str(out)]
     if not out.exists():
         text = text_of(scale, shared)
         flags: dict[str, Any] = {**text, **scale.flags(), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
-            flags["shape_of"] = folder(run.shape_of, name, seed)
+            flags["shape_of"] = folder(run.shape_of, scale.name, seed)
         words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, shared))]
         for flag, value in flags.items():
             if value is not None:

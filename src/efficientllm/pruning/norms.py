@@ -16,14 +16,19 @@ from torch.utils.hooks import RemovableHandle
 EPS_NAMES = ("variance_epsilon", "eps")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Correction:
-    """What stands on one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales."""
+    """What stands on one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales.
+
+    Attributes:
+        share: of the norm's entries, those that live; what both factors were last written for.
+    """
 
     name: str
     eps: float
     live_eps: Tensor
     hook: RemovableHandle
+    share: float | None = None
 
 
 class LiveNorms:
@@ -37,7 +42,6 @@ class LiveNorms:
     def __init__(self, lasting: bool = False) -> None:
         self.lasting = lasting
         self._corrections: dict[nn.Module, Correction] = {}
-        self._counts: dict[nn.Module, tuple[int, int]] = {}
 
     def set(self, norm: Any, live: int, size: int) -> None:
         """Makes an RMSNorm over `size` entries, `live` of them not retired, count the live ones."""
@@ -47,8 +51,8 @@ class LiveNorms:
         if norm not in self._corrections:
             self._corrections[norm] = _correct(norm)
         correction = self._corrections[norm]
-        if self._counts.get(norm) != (live, size):
-            self._counts[norm] = live, size
+        if correction.share != live / size:
+            correction.share = live / size
             correction.live_eps.fill_(correction.eps * live / size)
             norm.live_scale.fill_(sqrt(live / size))
 
@@ -60,7 +64,6 @@ class LiveNorms:
     def _take_off(self, norm: Any) -> None:
         correction = self._corrections.pop(norm, None)
         if correction:
-            del self._counts[norm]
             correction.hook.remove()
             setattr(norm, correction.name, correction.eps)
             del norm.live_scale
