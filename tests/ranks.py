@@ -191,7 +191,7 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
     results["disagreement"] = {"error": disagreement(meeting)}
     results["bf16"] = half_precision()
     results["bf16 taught"] = half_precision(distill="source", distill_hidden=0.3)
-    results["room"] = {kind: room(make_engine(kind)) for kind in (*engines, "one")}
+    results["room"] = {kind: settled_room(kind) for kind in (*engines, "one")}
     if meeting.is_main:
         out.write_text(json.dumps(results, indent=1))
     meeting.close()
@@ -261,6 +261,15 @@ def room(engine: Engine) -> dict[str, int]:
     before = sum(event.nbytes() for event in changes if event.start_ns() < span.start_ns())
     during = [event.nbytes() for event in changes if span.start_ns() <= event.start_ns() <= span.end_ns()]
     return {"peak": max(accumulate(during)), "before": before, "largest": 4 * largest, "all": 16 * held}
+
+
+def settled_room(kind: str) -> dict[str, int]:
+    """Returns the most that a compaction took in four tries, and the least that stood there before.
+
+    gloo's threads may keep a few buffers through a try; what is left of the source would be there in each.
+    """
+    tries = [room(make_engine(kind)) for _ in range(4)]
+    return {**tries[0], "peak": max(each["peak"] for each in tries), "before": min(each["before"] for each in tries)}
 
 
 def let_go(engine: Engine) -> None:
