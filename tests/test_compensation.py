@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from efficientllm.pruning import Pruner, SlotPace, activations
 from efficientllm.pruning.activations import InputSampler, compensate_, consumer_inputs
-from efficientllm.pruning.compensation import DAMP, damped_, gram, solve, update
+from efficientllm.pruning.compensation import DAMP, damped_, gram, solve, solve_by_rows, update
 from efficientllm.pruning.removal import retire_
 from efficientllm.space import find_space
 from families import batch, logits, loss_of, make_model
@@ -50,6 +50,8 @@ def test_update_is_damped_least_squares(removed: list[int], rows: int) -> None:
     updated = absorb(W, damped_gram(X), torch.tensor(removed))
     torch.testing.assert_close(updated, least_squares(W, X, removed), rtol=1e-9, atol=1e-10)
     assert not updated[:, removed].any()
+    by_rows = update(W, solve_by_rows(X, torch.tensor(removed)), torch.tensor(removed))
+    torch.testing.assert_close(by_rows, updated, rtol=1e-9, atol=1e-10)
     rows = [update(part, solve(damped_gram(X), torch.tensor(removed)), torch.tensor(removed)) for part in W.split(3)]
     torch.testing.assert_close(torch.cat(rows), updated, rtol=1e-12, atol=1e-12)  # a rank holds some rows alone
     halves = gram(X[: len(X) // 2]) + gram(X[len(X) // 2 :])  # or some of the inputs
@@ -92,6 +94,18 @@ def test_dead_channels_count_nowhere() -> None:
     assert not updated[:, dead].any()
     alone = absorb(W[:, live], damped_gram(X[:, live]), torch.tensor([live.index(4)]))
     torch.testing.assert_close(updated[:, live], alone, rtol=1e-9, atol=1e-12)
+    by_rows = update(W, solve_by_rows(X, torch.tensor([4])), torch.tensor([4]))
+    torch.testing.assert_close(by_rows, updated, rtol=1e-9, atol=1e-10)
+
+
+def test_few_rows_are_solved_as_well_in_float32() -> None:
+    """Fewer rows than in-channels, and one that outweighs the others: neither form is off by more than 1e-4."""
+    W, X = layer(rows=40, width=160, out=30)
+    X[:, 7] *= 100
+    P = torch.tensor([7, 30])
+    exact = least_squares(W, X, [7, 30])
+    for Z in (solve(damped_gram(X.float()), P), solve_by_rows(X.float(), P)):
+        assert (update(W.float(), Z, P) - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_half_precision_is_solved_in_float32() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientllm.pruning.compensation import damped_, gram, solve, update
+from efficientllm.pruning.compensation import damped_, gram, solve, solve_by_rows, update
 from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.removal import entries
 from efficientllm.space.dims import Space
@@ -111,7 +111,8 @@ def compensate_(
 ) -> None:
     """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input.
 
-    The ranks take turns: the inputs' moments of as many layers as there are ranks are summed, each at another rank,
+    Where one process has all rows, and they are fewer than the in-channels, it solves by rows.
+    Otherwise the ranks take turns: the inputs' moments of as many layers as there are ranks are summed, each at another rank,
     which solves with them; the narrow Z goes back to all, and each rank updates the rows that it holds.
     """
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
@@ -137,6 +138,9 @@ def _compensate_(
         for rank, names in enumerate(turn):
             X = sampler.inputs(names[0])
             columns.append(torch.tensor(sorted(removed[names[0]]), device=X.device))
+            if layout.has_all_rows and len(X) < X.shape[1]:
+                mine = solve_by_rows(X, columns[-1])
+                continue
             H = layout.sum_to(gram(X), rank)
             if rank == layout.rank:
                 mine = solve(damped_(H), columns[-1])

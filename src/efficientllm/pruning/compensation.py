@@ -2,7 +2,7 @@
 
 W  (out, in)   a consumer's weight          X  (rows, in)  its inputs on the current batch
 P              in-channels that go          K              in-channels that stay
-H  = XᵀX + damp·mean(diag XᵀX)·I            Z  = H⁻¹ E_P, one solve for all of P
+H  = XᵀX + λI,  λ = damp·mean(diag XᵀX)     Z  = H⁻¹ E_P, one solve for all of P
 """
 
 import torch
@@ -20,22 +20,45 @@ def gram(X: Tensor) -> Tensor:
 def damped_(H: Tensor, damp: float = DAMP) -> Tensor:
     """Adds the damping to XᵀX in place and returns it; its mean runs over in-channels that are not all zero."""
     diagonal = H.diagonal()
-    live = diagonal > 0
-    mean = diagonal.sum() / live.sum().clamp(min=1)
-    diagonal += damp * mean + torch.finfo(H.dtype).tiny
+    diagonal += damping(diagonal, damp)
     return H
+
+
+def damping(diagonal: Tensor, damp: float = DAMP) -> Tensor:
+    """Returns λ by the diagonal of XᵀX."""
+    live = diagonal > 0
+    return damp * diagonal.sum() / live.sum().clamp(min=1) + torch.finfo(diagonal.dtype).tiny
 
 
 def solve(H: Tensor, removed: Tensor) -> Tensor:
     """Returns Z (in, |P|) with H Z = E_P, by Cholesky; the inverse is never formed."""
     E = torch.zeros(H.shape[0], len(removed), dtype=H.dtype, device=H.device)
     E[removed, torch.arange(len(removed), device=H.device)] = 1
+    return torch.cholesky_solve(E, _factor(H))
+
+
+def solve_by_rows(X: Tensor, removed: Tensor, damp: float = DAMP) -> Tensor:
+    """Returns Z (Z_P)⁻¹ (in, |P|), which makes the same update, with a factor of rows² instead of in².
+
+    What absorbs P are the coefficients of a ridge regression of X_P on X_K, so
+    H_KK⁻¹ H_KP = X_Kᵀ (X_K X_Kᵀ + λI)⁻¹ X_P: less work where X has fewer rows than columns, and no difference is taken.
+    """
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    kept = X.index_fill(1, removed, 0)
+    inner = kept @ kept.T
+    inner.diagonal().add_(damping(X.square().sum(0), damp))
+    Z = kept.T @ torch.cholesky_solve(X[:, removed].neg(), _factor(inner))
+    Z[removed, torch.arange(len(removed), device=X.device)] = 1
+    return Z
+
+
+def _factor(H: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info):
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             "the layer's inputs give no positive definite Hessian"
         )
-    return torch.cholesky_solve(E, factor)
+    return factor
 
 
 def update(W: Tensor, Z: Tensor, removed: Tensor) -> Tensor:

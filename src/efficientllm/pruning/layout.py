@@ -19,11 +19,13 @@ class Layout:
 
     Attributes:
         rank, num_ranks: of the processes that share the data; each has gradients of all of it.
+        has_all_rows: whether activations of all the data pass through this process.
         compiles: whether graphs are compiled, which hooks that come and go between compactions would break.
     """
 
     rank = 0
     num_ranks = 1
+    has_all_rows = True
     compiles = False
 
     def local(self, tensor: Tensor) -> Tensor:
