@@ -111,9 +111,9 @@ def compensate_(
 ) -> None:
     """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input.
 
-    Where one process has all rows, and they are fewer than the in-channels, it solves by rows.
-    Otherwise the ranks take turns: the inputs' moments of as many layers as there are ranks are summed, each at another rank,
-    which solves with them; the narrow Z goes back to all, and each rank updates the rows that it holds.
+    One process that has all rows, and fewer of them than in-channels, solves by rows. Otherwise the ranks take turns:
+    the inputs' moments of as many layers as there are ranks are summed, each at another rank, which solves with them;
+    the narrow Z goes back to all, and each rank updates the rows that it holds.
     """
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         _compensate_(model, space, units, sampler, layout or Layout())

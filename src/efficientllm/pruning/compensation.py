@@ -53,6 +53,7 @@ def solve_by_rows(X: Tensor, removed: Tensor, damp: float = DAMP) -> Tensor:
 
 
 def _factor(H: Tensor) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info):
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
