@@ -136,7 +136,8 @@ def inputs_of(model: Any, names: list[str], run: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "olmo2", "gemma2", "llama-bias"])
 @pytest.mark.parametrize("kind", ["hidden", "ffn", "kv", "query"])
-def test_every_consumer_is_updated_from_its_own_inputs(name: str, kind: str) -> None:
+@pytest.mark.parametrize("rows", [1, 5])  # of 12 tokens: fewer than in-channels, and more
+def test_every_consumer_is_updated_from_its_own_inputs(name: str, kind: str, rows: int) -> None:
     model = make_model(name)
     space = find_space(model)
     sampler = InputSampler(model, space)
@@ -149,7 +150,7 @@ def test_every_consumer_is_updated_from_its_own_inputs(name: str, kind: str) -> 
     assert len(readers) >= 2
 
     def run() -> None:
-        loss_of(model, batch()).backward()
+        loss_of(model, batch(rows=rows)).backward()
 
     X = inputs_of(model, readers, run)
     before = {key: param.detach().clone() for key, param in model.named_parameters()}

@@ -17,17 +17,17 @@ def gram(X: Tensor) -> Tensor:
     return X.T @ X
 
 
-def damped_(H: Tensor, damp: float = DAMP) -> Tensor:
+def damped_(H: Tensor) -> Tensor:
     """Adds the damping to XᵀX in place and returns it; its mean runs over in-channels that are not all zero."""
     diagonal = H.diagonal()
-    diagonal += damping(diagonal, damp)
+    diagonal += damping(diagonal)
     return H
 
 
-def damping(diagonal: Tensor, damp: float = DAMP) -> Tensor:
+def damping(diagonal: Tensor) -> Tensor:
     """Returns λ by the diagonal of XᵀX."""
     live = diagonal > 0
-    return damp * diagonal.sum() / live.sum().clamp(min=1) + torch.finfo(diagonal.dtype).tiny
+    return DAMP * diagonal.sum() / live.sum().clamp(min=1) + torch.finfo(diagonal.dtype).tiny
 
 
 def solve(H: Tensor, removed: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def solve(H: Tensor, removed: Tensor) -> Tensor:
     return torch.cholesky_solve(E, _factor(H))
 
 
-def solve_by_rows(X: Tensor, removed: Tensor, damp: float = DAMP) -> Tensor:
+def solve_by_rows(X: Tensor, removed: Tensor) -> Tensor:
     """Returns Z (Z_P)⁻¹ (in, |P|), which makes the same update, with a factor of rows² instead of in².
 
     What absorbs P are the coefficients of a ridge regression of X_P on X_K, so
@@ -46,7 +46,7 @@ def solve_by_rows(X: Tensor, removed: Tensor, damp: float = DAMP) -> Tensor:
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     kept = X.index_fill(1, removed, 0)
     inner = kept @ kept.T
-    inner.diagonal().add_(damping(X.square().sum(0), damp))
+    inner.diagonal().add_(damping(X.square().sum(0)))
     Z = kept.T @ torch.cholesky_solve(X[:, removed].neg(), _factor(inner))
     Z[removed, torch.arange(len(removed), device=X.device)] = 1
     return Z

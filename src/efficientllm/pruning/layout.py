@@ -19,14 +19,17 @@ class Layout:
 
     Attributes:
         rank, num_ranks: of the processes that share the data; each has gradients of all of it.
-        has_all_rows: whether activations of all the data pass through this process.
         compiles: whether graphs are compiled, which hooks that come and go between compactions would break.
     """
 
     rank = 0
     num_ranks = 1
-    has_all_rows = True
     compiles = False
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether the activations of all the data pass through this process."""
+        return self.num_ranks == 1
 
     def local(self, tensor: Tensor) -> Tensor:
         """Returns the part of a parameter, gradient or moment that is held here, sharing its memory."""

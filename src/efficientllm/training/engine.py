@@ -41,8 +41,6 @@ CLAIMED = "run folder"  # in torchrun's store
 class _Ranks(Engine):
     """What DDP and FSDP share: a process group, and the calls that need nothing but it."""
 
-    has_all_rows = False
-
     def __init__(self, device: torch.device, precision: Precision = "float32", compiles: bool = False) -> None:
         super().__init__(device, precision, compiles)
         _join(device)
