@@ -154,6 +154,7 @@ def test_plan_takes_what_changes_shape_schedule_or_memory(capsys: pytest.Capture
     assert main(["plan", "M", *flags.split()]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["min_kv"], config["saliency"], config["data"]) == (2, "fisher", [])
+    assert config["activation_checkpointing"] == "full"
     for pace in ("--slot-steps", "--removals-per-step"):
         assert main(["plan", "M", "--target-params", "1M", pace, "0.5", "--print_config"]) == 0  # no tokens needed
 
@@ -167,9 +168,17 @@ def test_plan_takes_what_changes_shape_schedule_or_memory(capsys: pytest.Capture
         ("", ["a verb is missing", "inspect"]),
         ("prun M", ["unknown verb 'prun'", "did you mean prune?"]),
         ("--versio", ["unknown flag --versio", "did you mean --version?"]),
+        ("prune M --gpus 8", ["--gpus is a flag of plan", "torchrun"]),
+        (
+            "inspect M --seq-len 8",
+            ["--seq-len is a flag of plan, prune, not of efficientllm inspect", "inspect --help"],
+        ),
+        ("--resume", ["--resume is a flag of prune"]),
+        ("plan M --target-params 1M --engine ddp --shards 2", ["--shards 2", "--engine fsdp"]),
         ("prune M --dta x", ["unknown flag --dta", "did you mean --data?"]),
         ("prune M --targetparams=1M", ["unknown flag --targetparams", "did you mean --target-params?"]),
-        ("inspect M --data x", ["unknown flag --data"]),
+        ("inspect M --data x", ["--data is a flag of plan, prune, not of efficientllm inspect"]),
+        ("plan M --machines 4", ["unknown flag --machines; see efficientllm plan --help"]),
         ("prepare x --tokeniser M --out o", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
         ("prepare x --out o", ["--tokenizer is missing"]),
         ("prepare x --tokenizer M --out o --txt-split lines", ["--txt-split lines", "did you mean line?"]),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from efficientllm.errors import ConfigError
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.training.cards import CARDS, Card, Cluster, find_card, read_cluster
 from efficientllm.training.config import RunConfig
-from efficientllm.training.costs import make_setup, phase_seconds, step_cost, suggest, traffic
+from efficientllm.training.costs import make_setup, phase_seconds, step_cost, traffic
 from efficientllm.training.engine import FSDP
 from efficientllm.training.loss import CHUNK
-from efficientllm.training.memory import default_engine, estimate, fsdp_groups
+from efficientllm.training.memory import CPU_TOKENS, default_engine, estimate, fsdp_groups
 from efficientllm.training.plan import make_plan
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
+from efficientllm.training.suggestions import GAIN, suggest
 from efficientllm.training.teacher import Teacher
 
 TINY = {
@@ -97,6 +99,17 @@ def test_gpu_hours_are_those_of_published_runs(size: str) -> None:
     assert rough < hours < 1.15 * rough  # 6ND, and attention on top
 
 
+def test_a_gpus_pass_has_the_rows_that_its_memory_allows() -> None:
+    space, _ = space_of()
+    config = RunConfig(seq_len=64, batch_tokens=2**20, engine="ddp")
+    setup = make_setup(config, Cluster(1, toy_card()), space, space.shape)
+    assert setup.micro_batch_size * 64 > CPU_TOKENS and setup.fits
+    twice = make_setup(
+        replace(config, micro_batch_size=2 * setup.micro_batch_size), Cluster(1, toy_card()), space, space.shape
+    )
+    assert not twice.fits or 2 * setup.micro_batch_size > setup.rows
+
+
 def test_a_step_by_hand() -> None:
     space, _ = space_of()
     config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="ddp")
@@ -107,8 +120,10 @@ def test_a_step_by_hand() -> None:
     assert step.compute == pytest.approx(flops / (4 * 0.5 * 1e12))
     assert step.sent == pytest.approx(2 * 3 / 4 * 4 * PARAMS)
     assert step.sending == pytest.approx(step.sent / 1e9)
-    again = replace(config, activation_checkpointing=True)
+    again = replace(config, activation_checkpointing="full")
     assert step_cost(again, cluster, setup, space, space.shape).compute == pytest.approx(4 / 3 * step.compute)
+    again = replace(config, activation_checkpointing="selective")  # no product twice
+    assert step_cost(again, cluster, setup, space, space.shape).compute == step.compute
 
 
 def test_traffic_by_hand() -> None:
@@ -129,7 +144,9 @@ def test_traffic_by_hand() -> None:
 def test_a_teacher_s_passes_by_hand() -> None:
     """A forward pass alone: 2 FLOPs a weight, where training has 6; its layers are gathered once a pass."""
     space, _ = space_of()
-    config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="fsdp", activation_checkpointing=True)
+    config = RunConfig(
+        seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="fsdp", activation_checkpointing="full"
+    )
     cluster = Cluster(4, toy_card(), mfu=0.5)
     alone, taught = (make_setup(config, cluster, space, space.shape, teacher=each) for each in (None, space))
     steps = [step_cost(config, cluster, setup, space, space.shape) for setup in (alone, taught)]
@@ -220,6 +237,7 @@ def test_fsdp_memory_is_what_torch_holds() -> None:
         assert memory(rows).gradients == pytest.approx(sharded, rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers.:FutureWarning")
 @pytest.mark.usefixtures("one_rank")
 def test_ddp_holds_its_sums_beside_those_of_several_micro_batches() -> None:
     model = LlamaForCausalLM(LlamaConfig(**TINY))
@@ -292,10 +310,16 @@ def test_a_teacher_s_memory_is_what_torch_holds(sharded: bool) -> None:
 
 def test_logits_are_those_of_a_chunk() -> None:
     space, _ = space_of()
-    short, long = (estimate(space, space.shape, micro_batch_size=1, seq_len=n).logits for n in (512, 2**20))
+    lengths = (512, 2**20, 2**22, 2**25)
+    way: dict[str, Any] = {"micro_batch_size": 1, "device": "cuda"}
+    short, least, eighth, most = (estimate(space, space.shape, seq_len=n, **way).logits for n in lengths)
     assert short == 512 * 130 * 4 + 4 * 48 * (512 + 130)
-    assert long == CHUNK // 130 * 130 * 4 + 4 * 48 * (2**20 + 130)
-    taught = estimate(space, space.shape, micro_batch_size=1, seq_len=2**20, teacher=space).logits
+    assert least == CHUNK // 130 * 130 * 4 + 4 * 48 * (2**20 + 130)
+    assert eighth == 2**22 // 8 * 130 * 4 + 4 * 48 * (2**22 + 130)
+    assert most == 4 * CHUNK // 130 * 130 * 4 + 4 * 48 * (2**25 + 130)
+    cpu = estimate(space, space.shape, seq_len=2**20, micro_batch_size=1, device="cpu").logits
+    assert cpu == least == estimate(space, space.shape, seq_len=2**25, micro_batch_size=1).logits - 4 * 48 * 31 * 2**20
+    taught = estimate(space, space.shape, seq_len=2**20, teacher=space, **way).logits
     assert taught == CHUNK // 2 // 130 * 130 * 4 * 4 + 4 * 48 * (2**20 + 130)  # both models', two distributions
     bf16 = estimate(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
     assert bf16 - short == 512 * 130 * 2  # products come in bf16, their slopes go in it
@@ -319,14 +343,16 @@ def test_the_engine_is_chosen_by_half_of_the_memory() -> None:
 # What to change
 
 
+WORDS = ("engine", "precision", "activation_checkpointing")  # flags that are no numbers
+
+
 def with_flags(config: RunConfig, cluster: Cluster, flags: tuple[str, ...]) -> tuple[RunConfig, Cluster]:
     for words in (text.split() for text in " ".join(flags).split("--") if text):
-        name, value = words[0].replace("-", "_"), words[1] if len(words) > 1 else ""
+        name, value = words[0].replace("-", "_"), words[1]
         if name == "gpus":
             cluster = replace(cluster, num_gpus=int(value))
         else:
-            field = True if not value else value if name in ("engine", "precision") else int(value)
-            config = replace(config, **{name: field})
+            config = replace(config, **{name: value if name in WORDS else int(value)})
     return config, cluster
 
 
@@ -336,7 +362,7 @@ CASES = [
     ("7B", 8, "RTX-4090", {}),
     ("7B", 8, "A100-40GB", {"micro_batch_size": 4}),
     ("13B", 16, "H100", {"seq_len": 4096}),
-    ("70B", 64, "H200", {"activation_checkpointing": True}),
+    ("70B", 64, "H200", {"activation_checkpointing": "full"}),
     ("70B", 8, "L4", {}),
     ("7B", 2, "H100", {"compensate": True, "saliency": "fisher"}),
     ("13B", 8, "H100", {"precision": "float32"}),
@@ -353,21 +379,44 @@ def test_what_is_suggested_fits(size: str, num_gpus: int, card: str, given: dict
     assert not asked.fits and suggestions
     for each in suggestions:
         changed = with_flags(config, cluster, each.flags)
+        assert changed == (each.config, each.cluster)
         setup = make_setup(*changed, space, space.shape)
         assert setup.memory.peak == each.setup.memory.peak
         assert setup.fits == each.setup.fits == (setup.memory.peak <= 0.8 * CARDS[card].memory)
+        assert each.seconds == step_cost(*changed, setup, space, space.shape).seconds
         if each.setup.fits:
             assert suggest(*changed, space, space.shape) == []
         else:
             assert len(suggestions) == 1 and setup.memory.peak <= asked.memory.peak
-    one_fewer = [
-        tuple(flag for flag in each.flags if flag != dropped)
-        for each in suggestions
-        for dropped in each.flags
-        if each.setup.fits and not dropped.startswith(("--gpus", "--shards"))
-    ]
-    for flags in one_fewer:  # no flag is there for nothing
-        assert not make_setup(*with_flags(config, cluster, flags), space, space.shape).fits
+        for dropped in each.flags:  # none is there for nothing
+            if each.setup.fits and not dropped.startswith("--gpus"):
+                fewer = with_flags(config, cluster, tuple(flag for flag in each.flags if flag != dropped))
+                setup = make_setup(*fewer, space, space.shape)
+                assert not setup.fits or step_cost(*fewer, setup, space, space.shape).seconds > each.seconds / GAIN
+    here = [each for each in suggestions if each.cluster == suggestions[0].cluster]
+    assert all(one.seconds < GAIN * two.seconds and one.num_flags > two.num_flags for one, two in pairwise(here))
+
+
+def test_a_faster_way_than_the_mildest_is_found() -> None:
+    """Sharing over all machines alone would fit too, with the network for a bottleneck."""
+    space, _ = llama2("70B")
+    config, cluster = RunConfig(), Cluster(64, replace(CARDS["H100"], memory=140e9))
+    first, *others = suggest(config, cluster, space, space.shape)
+    mild = replace(config, shards=32)
+    setup = make_setup(mild, cluster, space, space.shape)
+    slow = step_cost(mild, cluster, setup, space, space.shape).seconds
+    assert setup.fits and (first.num_flags, first.cluster) == (2, cluster)
+    assert 1.5 * first.seconds < slow and [each.seconds for each in others if each.cluster == cluster] == [slow]
+
+
+def test_what_changes_the_numbers_of_a_run_comes_last() -> None:
+    space, _ = llama2("7B")
+    config = RunConfig(precision="float32", seq_len=4096)
+    for memory, words in ((32e9, set()), (28e9, {"--precision"}), (24e9, {"--precision", "--seq-len"})):
+        cluster = Cluster(8, replace(CARDS["H100"], memory=memory))
+        flags = " ".join(suggest(config, cluster, space, space.shape)[0].flags)
+        assert {word for word in ("--precision", "--seq-len") if word in flags} == words
+        assert "--activation-checkpointing full" in flags
 
 
 def test_old_cards_train_in_float32() -> None:
@@ -426,7 +475,9 @@ def test_flags_describe_another_card() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--gpus 8 --gpu H10", ["--gpu H10", "did you mean H100?", "B200", "--flops"]),
+        ("--gpus 8 --gpu H10", ["--gpu H10", "did you mean H100 or H100-PCIe?", "B200", "--flops"]),
+        ("--gpus 8 --gpu A100", ["did you mean A100-40GB or A100-80GB?"]),
+        ("--gpus 1 --gpu H100 --shards 3", ["--shards 3", "--gpus 1"]),
         ("--gpus 8 --gpu V100-16GB --precision bf16", ["--precision bf16", "V100-16GB"]),
         ("--flops 100T --gpu-memory 24G --precision float32", ["--precision float32"]),
         ("--gpus 0 --gpu H100", ["--gpus 0", "below 1"]),

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.errors import ConfigError, EfficientLLMError
-from efficientllm.flags import LIMITS, TEXT, build_parser
+from efficientllm.flags import LIMITS, TEXT, build_parser, check_flags
 from efficientllm.numbers import parse_count
 from efficientllm.training.cards import read_cluster
-from efficientllm.training.checks import validate
-from efficientllm.training.config import (
-    FIELDS,
-    GGUF_TYPES,
-    RunConfig,
-    dump_yaml,
-    from_dict,
-    nearest,
-    read_yaml,
-)
+from efficientllm.training.checks import check_shards, validate
+from efficientllm.training.config import FIELDS, GGUF_TYPES, RunConfig, dump_yaml, from_dict, nearest, read_yaml
+from efficientllm.training.meeting import is_main_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
         except (EfficientLLMError, OSError) as error:
             # under torchrun every rank fails alike, but for what only one of them has
-            if os.environ.get("RANK", "0") == "0" or getattr(error, "one_rank", False):
+            if is_main_rank() or getattr(error, "one_rank", False):
                 print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -47,7 +39,7 @@ def _run(arguments: list[str]) -> int:
     parser, verbs = build_parser(HANDLERS)
     verb = arguments[0] if arguments else ""
     if verb in verbs:
-        verbs[verb].check_flags(arguments[1:])
+        check_flags(verbs[verb], arguments[1:], verbs)
         # intermixed: argparse would take an optional MODEL behind a flag for one value too many
         given, left = verbs[verb].parse_known_intermixed_args(arguments[1:])
         if left:
@@ -56,7 +48,7 @@ def _run(arguments: list[str]) -> int:
         handler: Callable[[argparse.Namespace], int] = given.handler
         return handler(given)
     if verb.startswith("-"):
-        parser.check_flags(arguments[:1])
+        check_flags(parser, arguments[:1], verbs)
         parser.parse_args(arguments[:1])  # prints help or version, and leaves
     if verb:
         raise ConfigError(f"unknown verb '{verb}'; did you mean {nearest(verb, verbs)}?")
@@ -94,6 +86,7 @@ def _plan(given: argparse.Namespace) -> int:
     cluster = read_cluster(given.gpus, given.gpu, given.flops, given.bandwidth, given.gpu_memory, given.mfu)
     if given.print_config:
         return _print(config)
+    check_shards(config)
     for name, value in (("MODEL", config.model), ("--target-params", config.target_params or config.target_bytes)):
         if not value:
             raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
@@ -125,10 +118,9 @@ def _prune(given: argparse.Namespace) -> int:
     from efficientllm.report.page import report_finished
     from efficientllm.training.run import prune
 
-    main_rank = os.environ.get("RANK", "0") == "0"
-    with followed(config.out, port if main_rank else None):
+    with followed(config.out, port if is_main_rank() else None):
         code = prune(config, resume=given.resume)
-    if code == 0 and main_rank:
+    if code == 0 and is_main_rank():
         report_finished(config.out)
     return code
 

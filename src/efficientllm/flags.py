@@ -1,6 +1,7 @@
 """The flags: those of RunConfig under their headings, and each verb's own; argparse with errors of one line."""
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 from efficientllm import __version__
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import SUFFIXES
-from efficientllm.training.config import FIELDS, GGUF_TYPES, flag_name, nearest
+from efficientllm.training.config import FIELDS, GGUF_TYPES, flag_name
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -63,16 +64,32 @@ class Parser(argparse.ArgumentParser):
             message = re.sub(pattern, found, message)
         raise ConfigError(f"{message}; see {self.prog} --help")
 
-    def check_flags(self, arguments: Iterable[str]) -> None:
-        """Raises ConfigError at the first flag that this verb does not have."""
-        flags = self._option_string_actions
-        for argument in arguments:
-            flag = argument.partition("=")[0]
-            if argument == "--":
-                return
-            if not re.match(r"-[^\d.]", flag) or " " in flag or flag in flags:
-                continue
-            raise ConfigError(f"unknown flag {flag}; did you mean {nearest(flag, flags)}?")
+    @property
+    def flags(self) -> list[str]:
+        """Every flag, as it is written."""
+        return list(self._option_string_actions)
+
+
+def check_flags(parser: Parser, arguments: Iterable[str], verbs: Mapping[str, Parser]) -> None:
+    """Raises ConfigError at the first flag that the parser does not have, with the verbs that do or the nearest one."""
+    flags = parser.flags
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if argument == "--":
+            return
+        if not re.match(r"-[^\d.]", flag) or " " in flag or flag in flags:
+            continue
+        if parser is verbs.get("prune") and flag in [name for name, _, _ in CLUSTER]:
+            raise ConfigError(
+                f"{flag} is a flag of plan; prune takes the GPUs that torchrun gives it (docs/scaling.md)"
+            )
+        if owners := [name for name, other in verbs.items() if flag in other.flags]:
+            raise ConfigError(
+                f"{flag} is a flag of {', '.join(owners)}, not of {parser.prog}; see {parser.prog} --help"
+            )
+        close = difflib.get_close_matches(flag, flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"see {parser.prog} --help"
+        raise ConfigError(f"unknown flag {flag}; {hint}")
 
 
 def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Parser]]:

@@ -7,19 +7,15 @@ from efficientllm.numbers import format_count
 from efficientllm.space.dims import Space
 from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
-from efficientllm.training.costs import (
-    Setup,
-    Suggestion,
-    make_setup,
-    phase_seconds,
-    step_cost,
-    suggest,
-)
+from efficientllm.training.costs import Setup, make_setup, phase_seconds, step_cost
 from efficientllm.training.memory import MEMORY_SHARE, PRECISIONS, frozen_bytes
 from efficientllm.training.plan import Plan
+from efficientllm.training.suggestions import Suggestion, suggest
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+BRIEF = 0.01  # seconds; the calls of a step of a few layers take a CPU as long
 
 
 def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) -> list["str | Table"]:
@@ -37,7 +33,7 @@ def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space)
         f"Memory of each GPU in GB, at the source's shape; up to {gigabytes(limit)}, {MEMORY_SHARE} of it, fits",
         memory_table(plan, config, cluster, space),
         *legend_lines(config, cluster),
-        *suggestion_lines(suggest(config, cluster, space, plan.source, plan.teacher), setup),
+        *suggestion_lines(suggest(config, cluster, space, plan.source, plan.teacher), setup, plan, space),
     ]
 
 
@@ -76,12 +72,14 @@ def hours_lines(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, s
         f"{name:<10} {figure(hours)} hours, {figure(hours * cluster.num_gpus)} GPU-hours"
         for name, hours in phases.items()
     ]
+    brief = min(step_cost(config, cluster, setup, space, shape).seconds for shape, _ in plan.training) < BRIEF
     if not setup.fits:
         hours_of[-1] += ", if it fitted"
     return [
         f"engine     {engine} in {setup.precision} ({why})",
         *hours_of,
         f"           assumed: {cluster.mfu:g} of the FLOP/s is reached (--mfu), and sending overlaps",
+        *(["           steps are too short for that: they take as long as a CPU takes to start them"] if brief else []),
     ]
 
 
@@ -140,25 +138,22 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     ]
 
 
-def suggestion_lines(suggestions: list[Suggestion], setup: Setup) -> list[str]:
-    """Returns what to change if the run does not fit, each line a way that does by the estimate."""
+def suggestion_lines(suggestions: list[Suggestion], setup: Setup, plan: Plan, space: Space) -> list[str]:
+    """Returns what to change if the run does not fit, each line a way that does by the estimate, fastest first."""
+    asked = f"{setup.engine} in {setup.precision}"
     if not suggestions:
-        return [f"{setup.engine} in {setup.precision} fits"]
+        return [f"{asked} fits"]
     flags = [" ".join(each.flags) or "as it is" for each in suggestions]
     width = max(len(each) for each in flags)
+    phases = [*plan.pruning, *plan.training]
+    hours_of = [phase_seconds(each.config, each.cluster, each.setup, space, phases) / 3600 for each in suggestions]
     ways = [
-        f"  {text:<{width}}  {gigabytes(each.setup.memory.peak)} GB at the peak"
-        for text, each in zip(flags, suggestions, strict=True)
+        f"  {text:<{width}}  {gigabytes(each.setup.memory.peak):>5} GB, {figure(hours):>5} hours"
+        for text, each, hours in zip(flags, suggestions, hours_of, strict=True)
     ]
     if suggestions[0].setup.fits:
-        return [
-            f"{setup.engine} in {setup.precision} does not fit; it would with{' any of' if len(ways) > 1 else ''}",
-            *ways,
-        ]
-    return [
-        f"{setup.engine} in {setup.precision} does not fit, and no change that was tried would; the least is",
-        *ways,
-    ]
+        return [f"{asked} does not fit; it would with{' any of' if len(ways) > 1 else ''}", *ways]
+    return [f"{asked} does not fit, and no change that was tried would; the least is", *ways]
 
 
 def gigabytes(size: float) -> str:
@@ -167,8 +162,12 @@ def gigabytes(size: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Returns a number in three digits: 0.00123, 1.23, 123, 1,234."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Returns a number in three digits, and at the most three after the point: <0.001, 0.012, 1.23, 123, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 0.1 or value == 0:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def _table(*names: str) -> "Table":

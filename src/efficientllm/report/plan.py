@@ -14,7 +14,7 @@ from efficientllm.space.limits import Limits, find_limits
 from efficientllm.training.budget import Budget, open_budget, params_budget
 from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
-from efficientllm.training.device import default_precision, find_device, memory_bytes
+from efficientllm.training.device import default_checkpointing, default_precision, find_device, memory_bytes
 from efficientllm.training.memory import PRECISIONS, estimate, fitting_micro_batch
 from efficientllm.training.plan import Plan, make_plan, read_kinds, unrounded
 from efficientllm.training.recipe import Recipe, make_recipe
@@ -185,14 +185,17 @@ def here_lines(
 ) -> list[str]:
     """Returns the peak memory of a run in one process on this machine, its parts, and the second-order update's."""
     device = find_device()
-    precision = config.precision or default_precision(device, space.num_params(limits.source))
+    params = space.num_params(limits.source)
+    precision = config.precision or default_precision(device, params)
+    again = config.activation_checkpointing or default_checkpointing(device, params, precision, config.compile)
     pass_: dict[str, Any] = {
         "seq_len": config.seq_len,
         "compensate": config.compensate,
         "fisher": config.saliency == "fisher",
-        "activation_checkpointing": config.activation_checkpointing,
+        "activation_checkpointing": again,
         "activation_bytes": PRECISIONS[precision],
         "teacher": teacher,
+        "device": device.type,
     }
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
         space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(device), **pass_

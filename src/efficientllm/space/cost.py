@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 Monomial = tuple[str, ...]  # sorted names; () is the constant term
 
@@ -15,7 +14,12 @@ class Polynomial:
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         """Returns the value at the given sizes."""
-        return sum(coefficient * prod(sizes[name] for name in names) for names, coefficient in self.terms.items())
+        value = 0
+        for names, term in self.terms.items():  # loops: a plan asks for millions of shapes
+            for name in names:
+                term *= sizes[name]
+            value += term
+        return value
 
     def __add__(self, other: "Polynomial") -> "Polynomial":
         terms = dict(self.terms)

@@ -33,6 +33,8 @@ def in_layer(shape: Shape, layer: int) -> Shape:
 
 def of_kind(shape: Shape, kind: str) -> Shape:
     """Returns the bundles of a kind with their sizes: one, or one a layer."""
+    if kind in shape:
+        return {kind: shape[kind]}
     return {name: size for name, size in shape.items() if kind_of(name) == kind}
 
 

@@ -152,8 +152,9 @@ def find_card(name: str) -> Card:
     wanted = _letters(name)
     if wanted in names:
         return CARDS[names[wanted]]
+    meant = [names[each] for each in names if wanted and each.startswith(wanted)] or [names[nearest(wanted, names)]]
     raise ConfigError(
-        f"--gpu {name} is not one of {', '.join(CARDS)}; did you mean {names[nearest(wanted, names)]}? "
+        f"--gpu {name} is not one of {', '.join(CARDS)}; did you mean {' or '.join(meant)}? "
         "Another card is described with --flops, --bandwidth and --gpu-memory"
     )
 

@@ -24,6 +24,7 @@ def validate(config: RunConfig, complete: bool = True) -> None:
                 raise ConfigError(f"{flag_name(name)} is missing; add {example} or '{name}' in --config")
             if not getattr(config, name):
                 raise ConfigError("MODEL is missing; name a folder or hub id")
+        check_shards(config)
     if config.layout == "per-layer" and config.compile:
         raise ConfigError(
             "--compile makes one graph for all layers, and with --layout per-layer each would need its own at every "
@@ -60,6 +61,14 @@ def validate(config: RunConfig, complete: bool = True) -> None:
                 f"--save-at {size} is below --target-params {config.target_params}, where the run ends; "
                 f"give a size between source and target"
             )
+
+
+def check_shards(config: RunConfig) -> None:
+    """Raises ConfigError if copies are to be shared under an engine where every rank has its own."""
+    if config.shards is not None and config.engine == "ddp":
+        raise ConfigError(
+            f"--shards {config.shards} is for --engine fsdp, and under ddp every rank has a copy; leave one of them out"
+        )
 
 
 def _check_target(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Costs of a run on a cluster: time, traffic and memory by estimate, and the changes with which it would fit.
+"""Costs of a run on a cluster: time, traffic and memory, by estimate.
 
     P  parameters      n  GPUs      s  shards of one copy (fsdp)      m  micro-batches of a step on one GPU
     c  bytes of a number in the products (2 in bf16)      R, L  parameters of FSDP's root group, of its layers
@@ -13,13 +13,12 @@ Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import combinations, product
+from dataclasses import dataclass
 from typing import Any
 
 from efficientllm.errors import ConfigError
 from efficientllm.space.dims import Shape, Space
-from efficientllm.training.cards import MACHINE, Cluster
+from efficientllm.training.cards import Cluster
 from efficientllm.training.config import RunConfig
 from efficientllm.training.memory import (
     FLOAT32,
@@ -27,7 +26,6 @@ from efficientllm.training.memory import (
     PRECISIONS,
     Memory,
     default_engine,
-    divisors,
     estimate,
     fitting_micro_batch,
     frozen_bytes,
@@ -36,9 +34,7 @@ from efficientllm.training.memory import (
 from efficientllm.training.recipe import rank_rows
 from efficientllm.training.teacher import pass_flops
 
-RECOMPUTED = 4 / 3  # activation checkpointing computes the forward pass, a third of the FLOPs, once more
-MOST_GPUS, LEAST_SEQ_LEN = 1024, 256  # how far suggestions go
-NEAR = 4  # times as many GPUs are still worth naming where fewer would do with other flags
+RECOMPUTED = 4 / 3  # full activation checkpointing computes the forward pass, a third of the FLOPs, once more
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,6 @@ class Step:
         return max(self.compute, self.sending)
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """Flags to add or change, and how the run would stand with them."""
-
-    flags: tuple[str, ...]
-    setup: Setup
-
-
 def make_setup(
     config: RunConfig,
     cluster: Cluster,
@@ -102,6 +90,8 @@ def make_setup(
             known to compute in `--precision`.
     """
     num_gpus, card = cluster.num_gpus, cluster.card
+    if config.shards and num_gpus % config.shards:
+        raise ConfigError(f"--shards {config.shards} does not divide --gpus {num_gpus}; change one of them")
     if precision is None:
         precision = config.precision or card.precisions[-1]
         if math.isnan(card.peak(precision)):
@@ -116,19 +106,16 @@ def make_setup(
         frozen = frozen_bytes(teacher, PRECISIONS[precision])
         by_size = default_engine(space.num_params(shape), card.memory, frozen)
         engine = config.engine or ("fsdp" if config.shards else by_size)
-    shards = 1
-    if engine == "fsdp":
-        shards = config.shards or cluster.machine
-        if num_gpus % shards:
-            raise ConfigError(f"--shards {shards} does not divide --gpus {num_gpus}; give a divisor of {num_gpus}")
+    shards = (config.shards or cluster.machine) if engine == "fsdp" else 1
     more: dict[str, Any] = {
         "compensate": config.compensate,
         "fisher": config.saliency == "fisher",
-        "activation_checkpointing": config.activation_checkpointing,
+        "activation_checkpointing": config.activation_checkpointing or "none",
         "activation_bytes": PRECISIONS[precision],
         "engine": engine,
         "shards": shards,
         "teacher": teacher,
+        "device": "cuda",
     }
     seq_len = config.seq_len
     if config.micro_batch_size:
@@ -145,7 +132,7 @@ def make_setup(
 def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shape: Shape) -> Step:
     """Returns the time and traffic of one optimizer step; nan seconds where the card's FLOP/s are not known."""
     compute = config.batch_tokens * space.flops_per_token(shape, config.seq_len)
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "full":
         compute *= RECOMPUTED
     compute += config.batch_tokens * pass_flops(setup.teacher, config.seq_len)
     sent = traffic(space, shape, setup, cluster.num_gpus)
@@ -181,74 +168,6 @@ def phase_seconds(
 ) -> float:
     """Returns the seconds of a phase that computes each shape for so many steps."""
     return sum(step_cost(config, cluster, setup, space, shape).seconds * steps for shape, steps in shapes)
-
-
-def suggest(
-    config: RunConfig, cluster: Cluster, space: Space, shape: Shape, teacher: Space | None = None
-) -> list[Suggestion]:
-    """Returns the ways in which a run would fit that does not; if there are none, that of the least peak.
-
-    On as many GPUs, or the fewest on which other flags are enough: the fewest changes, each in its mildest value; and a
-    few more GPUs on which none is needed. Nothing if the run fits as it is.
-    """
-    tried: list[Suggestion] = []
-    changed: list[Suggestion] = []
-    most_gpus = MOST_GPUS
-    for num_gpus in gpu_counts(config, cluster.num_gpus):
-        if num_gpus > most_gpus:
-            break
-        larger = replace(cluster, num_gpus=num_gpus)
-        flags: tuple[str, ...] = () if num_gpus == cluster.num_gpus else (f"--gpus {num_gpus}",)
-        on_these = config
-        if num_gpus > MACHINE and flags:  # a copy over all of them: more copies would take as much memory
-            on_these, flags = replace(config, shards=num_gpus), (*flags, f"--shards {num_gpus}")
-        tried.append(Suggestion(flags, make_setup(on_these, larger, space, shape, teacher=teacher)))
-        if tried[-1].setup.fits:
-            return [*changed, tried[-1]] if flags else []
-        kinds = [] if changed else changes(on_these, larger, shorten=not flags)
-        for number in range(1, len(kinds) + 1):
-            for subset in combinations(kinds, number):
-                for chosen in product(*subset):
-                    given = {name: value for _, values in chosen for name, value in values.items()}
-                    setup = make_setup(replace(on_these, **given), larger, space, shape, teacher=teacher)
-                    tried.append(Suggestion((*flags, *(text for text, _ in chosen)), setup))
-                    if setup.fits:
-                        changed.append(tried[-1])
-                        break
-            if changed:
-                most_gpus = NEAR * num_gpus
-                break
-    return changed or [min(tried, key=lambda each: each.setup.memory.peak)]
-
-
-def gpu_counts(config: RunConfig, num_gpus: int) -> list[int]:
-    """Returns the number of GPUs and its doublings that can share the rows of a batch."""
-    rows = config.batch_tokens // config.seq_len
-    counts = [num_gpus << power for power in range(MOST_GPUS.bit_length())]
-    return [count for count in counts if count == num_gpus or (count <= MOST_GPUS and rows % count == 0)]
-
-
-def changes(config: RunConfig, cluster: Cluster, shorten: bool) -> list[list[tuple[str, dict[str, Any]]]]:
-    """Returns the flags that save memory and the fields that they set, by kind, mildest first.
-
-    Shorter rows, which make another run of it, only with `shorten`.
-    """
-    bf16 = [("--precision bf16", {"precision": "bf16"})]
-    fsdp = [("--engine fsdp", {"engine": "fsdp"})]
-    recompute = [("--activation-checkpointing", {"activation_checkpointing": True})]
-    sizes = sorted(divisors(config.micro_batch_size or 1), reverse=True)[1:]
-    shards = [size for size in sorted(divisors(cluster.num_gpus)) if size > (config.shards or cluster.machine)]
-    lengths = [config.seq_len >> power for power in range(1, config.seq_len.bit_length()) if shorten]
-    lengths = [length for length in lengths if length >= LEAST_SEQ_LEN and config.batch_tokens % length == 0]
-    kinds: list[list[tuple[str, dict[str, Any]]]] = [
-        bf16 if config.precision == "float32" and "bf16" in cluster.card.precisions else [],
-        fsdp if cluster.num_gpus > 1 and config.engine != "fsdp" else [],
-        recompute if not config.activation_checkpointing else [],
-        [(f"--micro-batch-size {size}", {"micro_batch_size": size}) for size in sizes],
-        [(f"--shards {size}", {"shards": size}) for size in shards],
-        [(f"--seq-len {length}", {"seq_len": length}) for length in lengths],
-    ]
-    return [kind for kind in kinds if kind]
 
 
 def _ring(size: int) -> float:

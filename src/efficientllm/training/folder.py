@@ -81,10 +81,12 @@ def continued(config: RunConfig, stored: RunConfig) -> RunConfig:
             continue
         if name not in CHANGEABLE:
             raise ConfigError(
-                f"--resume with {flag_name(name)} {_text(asked)}: the run in {stored.out} has {_text(had)}; "
+                f"--resume with {flag_name(name)} {_text(asked)}: the run in {config.out} has {_text(had)}; "
                 f"leave it as it is, or begin another run with another --out"
             )
         changed[name] = asked
+    if changed.get("engine") == "ddp" and "shards" not in changed:
+        changed["shards"] = None  # they were fsdp's
     if config.tokens < stored.tokens:
         raise ConfigError(
             f"--resume with --tokens {config.tokens}: the run has {stored.tokens}, and its learning rate is set by it; "

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.1  # between two looks at the store; asleep, a rank can still be stopped by a signal
 
 
+def is_main_rank() -> bool:
+    """Returns whether this process is the first of torchrun's, or the only one; known before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def meet(store: "Store", rank: int, num_ranks: int) -> str:
     """Returns a name that the ranks of this attempt share and those of no other know.
 

@@ -103,7 +103,8 @@ def make_plan(
 
     planned = run(proportional(limits) if kinds is None else as_logged(kinds, limits))
     total = flops(planned)
-    others = [flops(run(order)) for order in [proportional(limits), *extreme_orders(limits)]]
+    orders = extreme_orders(limits) if kinds is None else [proportional(limits), *extreme_orders(limits)]
+    others = [flops(run(order)) for order in orders]
     pruning, end = (planned[-1].step, planned[-1].shape) if planned else (0, source)
     steps = max(recipe.total_steps, pruning)
     before, after = (config.batch_tokens * space.flops_per_token(shape, config.seq_len) for shape in (source, end))

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,21 @@ from efficientllm.training.checkpoint import Checkpoint, last_checkpoint, open_c
 from efficientllm.training.checks import validate
 from efficientllm.training.config import RunConfig
 from efficientllm.training.corpus import Corpus, open_corpus
-from efficientllm.training.device import default_precision, default_threads, find_device, memory_bytes
+from efficientllm.training.device import (
+    default_checkpointing,
+    default_precision,
+    default_threads,
+    find_device,
+    memory_bytes,
+    physical_cores,
+)
 from efficientllm.training.engine import claim_folder, least_of_ranks, start_engine, started_before
 from efficientllm.training.feed import require_batch
 from efficientllm.training.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.training.interruption import exit_on_sigterm
 from efficientllm.training.logs import check_installed
-from efficientllm.training.memory import CPU_TOKENS, PRECISIONS, default_engine, fitting_micro_batch, frozen_bytes
+from efficientllm.training.meeting import is_main_rank
+from efficientllm.training.memory import PRECISIONS, default_engine, fitting_micro_batch, frozen_bytes
 from efficientllm.training.methods import METHODS
 from efficientllm.training.process import Engine
 from efficientllm.training.progress import Display
@@ -77,7 +86,10 @@ def _resume(config: RunConfig, out: Path) -> int:
     validate(config)
     more = config.tokens > stored.tokens
     if (out / "model").exists() and not more:
-        print(f"{out} is finished: the result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}")
+        if is_main_rank():
+            print(
+                f"{out} is finished: its result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}"
+            )
         return 0
     source = open_source(config)
     engine, recipe, config = _decide(config, source)
@@ -114,6 +126,7 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
     precision = config.precision or default_precision(device, params)
     by_size = default_engine(params, free, frozen_bytes(source.teacher, PRECISIONS[precision]))
     name = config.engine or ("fsdp" if config.shards else by_size)
+    again = config.activation_checkpointing or default_checkpointing(device, params, precision, config.compile)
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
@@ -125,16 +138,22 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
         rows=rows,
         seq_len=config.seq_len,
         memory_bytes=free,
-        most_tokens=CPU_TOKENS if engine.device.type == "cpu" else None,
+        device=engine.device.type,
         compensate=config.compensate or METHODS[config.method].compensates,
         fisher=config.saliency == "fisher",
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=again,
         activation_bytes=PRECISIONS[engine.precision],
         engine=engine.name,
         shards=engine.shards,
         teacher=source.teacher,
     )
-    found = {"lr": recipe.lr, "micro_batch_size": micro_batch_size, "precision": precision, "threads": threads}
+    found = {
+        "lr": recipe.lr,
+        "micro_batch_size": micro_batch_size,
+        "precision": precision,
+        "activation_checkpointing": again,
+        "threads": threads,
+    }
     return engine, recipe, replace(config, **found)  # type: ignore[arg-type]
 
 
@@ -188,6 +207,9 @@ def _unused(path: Path) -> Path:
 
 def _introduce(display: Display, config: RunConfig, source: Source, recipe: Recipe, engine: Engine) -> None:
     params = source.space.num_params(source.limits.source)
+    rows = gcd(
+        config.micro_batch_size or 1, rank_rows(config, engine.num_ranks)
+    )  # a rank may have fewer than asked for
     budget = source.budget
     prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
@@ -202,7 +224,7 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
     )
     say(
         f"learning rate {recipe.lr:g} ({recipe.lr_reason}), weight decay {recipe.weight_decay:g}, "
-        f"micro-batches of {config.micro_batch_size} × {config.seq_len}"
+        f"micro-batches of {rows} × {config.seq_len}"
     )
     if source.teacher:
         say(_teacher_text(config, source, source.teacher))
@@ -210,9 +232,13 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
     say(f"{engine.device.type}, {engine.precision}{threads}{', compiled' if engine.compiles else ''}")
     if engine.num_ranks > 1:
         say(f"{engine.num_ranks} ranks, {engine.name}")
-    elif config.engine:
+    elif config.engine or config.shards:
+        flag = f"--engine {config.engine}" if config.engine else f"--shards {config.shards}"
+        display.warn(f"{flag}: this is one process; torchrun --nproc-per-node N -m efficientllm makes N")
+    if config.threads and engine.device.type == "cpu" and config.threads > physical_cores():
         display.warn(
-            f"--engine {config.engine}: this is one process; torchrun --nproc-per-node N -m efficientllm makes N"
+            f"--threads {config.threads}: this process may run on {physical_cores()} physical cores; more threads than "
+            "cores slow each other down"
         )
     for kind, note in source.limits.notes.items():
         say(f"{kind}: {note}")
