@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from efficientllm.errors import TrainingError
 from efficientllm.pruning import Pruner, SlotPace, activations
 from efficientllm.pruning.activations import InputSampler, compensate_, consumer_inputs
 from efficientllm.pruning.compensation import DAMP, damped_, gram, solve, solve_by_rows, update
 from efficientllm.pruning.removal import retire_
 from efficientllm.space import find_space
 from families import batch, logits, loss_of, make_model
+from waits import Waits
 
 
 def layer(rows: int = 200, width: int = 12, out: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -212,6 +214,33 @@ def test_samples_are_capped_and_only_taken_while_training(monkeypatch: pytest.Mo
     }
     sampler.clear()
     assert not sampler.rows
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_device_is_waited_for_once_whatever_the_layers(rows: int) -> None:
+    model = make_model("llama", num_hidden_layers=4)
+    space = find_space(model)
+    sampler = InputSampler(model, space)
+    loss_of(model, batch(rows=rows)).backward()
+    with Waits() as waits:
+        compensate_(model, space, {"hidden": [1, 4]}, sampler)
+    assert waits.count == 1
+    with Waits() as waits:
+        torch.linalg.solve(torch.eye(2), torch.ones(2, 1))
+        torch.ones(1).item()
+    assert waits.count == 2  # control
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_moments_that_cannot_be_solved_with_stop_it(rows: int) -> None:
+    model = make_model("llama")
+    space = find_space(model)
+    sampler = InputSampler(model, space)
+    loss_of(model, batch(rows=rows)).backward()
+    sampler.collect()
+    sampler.rows["model.layers.1.mlp.down_proj"][0][0, 0] = torch.inf
+    with pytest.raises(TrainingError, match="not positive definite"):
+        compensate_(model, space, {dim.name: [1, 4] for dim in space.bundles["ffn"].dims}, sampler)
 
 
 def test_autocast_does_not_reach_the_solve() -> None:

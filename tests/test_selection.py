@@ -9,15 +9,16 @@ from transformers import AutoConfig
 
 from efficientllm.pruning.schedule import LinearPace, SlotPace
 from efficientllm.pruning.selection import (
+    LOOK,
     Queue,
     Removal,
     can_land,
     choose_kind,
     ffn_tile_size,
     is_landed,
+    least,
     may_remove,
     o_columns,
-    queue_groups,
 )
 from efficientllm.space import Limits, Polynomial, Space, find_limits, find_space
 from efficientllm.space.dims import Shape
@@ -33,7 +34,7 @@ def random_queues(limits: Limits, draw: random.Random) -> dict[str, Queue]:
     queues = {}
     for kind, size in limits.source.items():
         scale = 10 ** draw.uniform(-3, 3)
-        queues[kind] = Queue([list(range(size))], sorted(scale * draw.random() for _ in range(size)))
+        queues[kind] = Queue(torch.tensor([[scale * draw.random() for _ in range(size)]]))
     return queues
 
 
@@ -158,7 +159,7 @@ def test_ties_go_by_name() -> None:
     target = space.num_params(limits.floor)
 
     def equal(saliency: float, **others: float) -> dict[str, Queue]:
-        return {k: Queue([list(range(n))], [others.get(k, saliency)] * n) for k, n in limits.source.items()}
+        return {k: Queue(torch.full((1, n), others.get(k, saliency))) for k, n in limits.source.items()}
 
     def first(queues: dict[str, Queue]) -> str | None:
         return choose_kind(queues, limits.source, limits, space.num_params, [target])
@@ -168,7 +169,23 @@ def test_ties_go_by_name() -> None:
     assert first(equal(1.0, query=0.5, hidden=0.5)) == "hidden"
     assert first(equal(1.0, query=0.25, hidden=0.5)) == "query"
     scores = torch.tensor([[2.0, 1.0, 1.0, 3.0]])
-    assert queue_groups(scores).pop() == [1] and queue_groups(scores.flip(1)).pop() == [1]
+    assert Queue(scores).pop() == [1] and Queue(scores.flip(1)).pop() == [1]
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_the_least_are_those_that_a_stable_sort_begins_with(count: int) -> None:
+    for scores in (torch.randn(50, 40), torch.randint(-3, 4, (50, 40)) * torch.tensor([0.0, 1.0]).repeat(20)):
+        scores[:, 3] = torch.inf
+        assert torch.equal(least(scores, count), scores.sort(dim=1, stable=True).indices[:, :count])
+
+
+def test_a_queue_goes_on_past_what_it_has_looked_up() -> None:
+    scores = torch.randint(0, 9, (3, 2 * LOOK + 5)).float()
+    values, units = scores.sort(dim=1, stable=True)
+    queue = Queue(scores)
+    for value, chosen in zip(values.double().mean(0).tolist(), units.T.tolist(), strict=True):
+        assert queue.head == value and queue.pop() == chosen
+    assert queue.head == float("inf")
 
 
 def test_a_kind_at_its_floor_and_an_overshoot_are_passed_over() -> None:

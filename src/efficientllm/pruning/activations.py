@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficientllm.errors import TrainingError
 from efficientllm.pruning.compensation import damped_, gram, solve, solve_by_rows, update
 from efficientllm.pruning.layout import Layout
-from efficientllm.pruning.removal import entries
+from efficientllm.pruning.removal import entries, moved
 from efficientllm.space.dims import Space
 
 ROW_CAP = 8192  # rows of X kept per layer input and step; never fewer than twice the in-channels
@@ -113,7 +114,10 @@ def compensate_(
 
     One process that has all rows, and fewer of them than in-channels, solves by rows. Otherwise the ranks take turns:
     the inputs' moments of as many layers as there are ranks are summed, each at another rank, which solves with them;
-    the narrow Z goes back to all, and each rank updates the rows that it holds.
+    the narrow Z goes back to all, and each rank updates the rows that it holds. Only the end waits for the device.
+
+    Raises:
+        TrainingError: if moments are not positive definite; weights are not to be used then.
     """
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         _compensate_(model, space, units, sampler, layout or Layout())
@@ -131,23 +135,29 @@ def _compensate_(
                     module = slot.param.rpartition(".")[0]
                     removed[module].update(entries(slot.start, slot.block, units[dim.name]))
     readers = [names for names in consumer_inputs(space).values() if names[0] in removed and sampler.rows[names[0]]]
+    weights = [[layout.local(model.get_parameter(name + ".weight")) for name in names] for names in readers]
+    gone = moved([sorted(removed[names[0]]) for names in readers], [each[0].device for each in weights])
+    sound = []
     for start in range(0, len(readers), layout.num_ranks):
-        turn = readers[start : start + layout.num_ranks]
+        turn = range(start, min(start + layout.num_ranks, len(readers)))
         mine: Tensor | None = None
-        columns = []
-        for rank, names in enumerate(turn):
-            X = sampler.inputs(names[0])
-            columns.append(torch.tensor(sorted(removed[names[0]]), device=X.device))
+        for rank, number in enumerate(turn):
+            X = sampler.inputs(readers[number][0])
             if layout.has_all_rows and len(X) < X.shape[1]:
-                mine = solve_by_rows(X, columns[-1])
+                mine = solve_by_rows(X, gone[number])
                 continue
             H = layout.sum_to(gram(X), rank)
             if rank == layout.rank:
-                mine = solve(damped_(H), columns[-1])
-        for rank, (names, chosen) in enumerate(zip(turn, columns, strict=True)):
-            width = model.get_parameter(names[0] + ".weight").shape[1]
+                mine = solve(damped_(H), gone[number])
+        for rank, number in enumerate(turn):
+            width = weights[number][0].shape[1]
             theirs = mine if rank == layout.rank else None
-            Z = layout.from_rank(H.new_empty(width, len(chosen)) if theirs is None else theirs, rank)
-            for name in names:
-                weight = layout.local(model.get_parameter(name + ".weight"))
-                weight.copy_(update(weight, Z, chosen))
+            Z = layout.from_rank(H.new_empty(width, len(gone[number])) if theirs is None else theirs, rank)
+            sound.append(Z.isfinite().all())
+            for weight in weights[number]:
+                weight.copy_(update(weight, Z, gone[number]))
+    if sound and not bool(torch.stack(sound).all()):
+        raise TrainingError(
+            "a layer's inputs have moments that are not positive definite, so what --compensate solves with them is "
+            "broken; go on from the last checkpoint with a lower --lr, or without --compensate"
+        )

@@ -2,7 +2,9 @@
 
 W  (out, in)   a consumer's weight          X  (rows, in)  its inputs on the current batch
 P              in-channels that go          K              in-channels that stay
-H  = XᵀX + λI,  λ = damp·mean(diag XᵀX)     Z  = H⁻¹ E_P, one solve for all of P
+H  = XᵀX + λI,  λ = damp·mean(diag XᵀX)     Z  = H⁻¹ E_P ((H⁻¹)_PP)⁻¹: identity at P, -H_KK⁻¹ H_KP at K
+
+Nothing here waits for the device: where H is not positive definite, Z is NaN.
 """
 
 import torch
@@ -31,14 +33,16 @@ def damping(diagonal: Tensor) -> Tensor:
 
 
 def solve(H: Tensor, removed: Tensor) -> Tensor:
-    """Returns Z (in, |P|) with H Z = E_P, by Cholesky; the inverse is never formed."""
+    """Returns Z (in, |P|), by Cholesky; the inverse is never formed."""
     E = torch.zeros(H.shape[0], len(removed), dtype=H.dtype, device=H.device)
     E[removed, torch.arange(len(removed), device=H.device)] = 1
-    return torch.cholesky_solve(E, _factor(H))
+    columns = torch.cholesky_solve(E, _factor(H))
+    scaled: Tensor = torch.linalg.solve_ex(columns[removed], columns.T)[0]
+    return scaled.T
 
 
 def solve_by_rows(X: Tensor, removed: Tensor) -> Tensor:
-    """Returns Z (Z_P)⁻¹ (in, |P|), which makes the same update, with a factor of rows² instead of in².
+    """Returns Z (in, |P|) with a factor of rows² instead of in².
 
     What absorbs P are the coefficients of a ridge regression of X_P on X_K, so
     H_KK⁻¹ H_KP = X_Kᵀ (X_K X_Kᵀ + λI)⁻¹ X_P: less work where X has fewer rows than columns, and no difference is taken.
@@ -55,20 +59,14 @@ def solve_by_rows(X: Tensor, removed: Tensor) -> Tensor:
 def _factor(H: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(H)
-    if int(info):
-        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            "the layer's inputs give no positive definite Hessian"
-        )
-    return factor
+    return factor.masked_fill_(info != 0, torch.nan)
 
 
 def update(W: Tensor, Z: Tensor, removed: Tensor) -> Tensor:
-    """Returns W, or some rows of it, with its columns P zero and the others moved to least error: W - W_P (Z_P)⁻¹ Zᵀ.
+    """Returns W, or some rows of it, with its columns P zero and the others moved to least error: W - W_P Zᵀ.
 
     Equals the damped least squares of the old outputs on the kept inputs, W_K + W_P H_PK H_KK⁻¹.
     """
     precise = W.to(Z.dtype)
-    updated = precise - precise[:, removed] @ torch.linalg.solve(Z[removed], Z.T)
-    updated[:, removed] = 0
-    result: Tensor = updated.to(W.dtype)
-    return result
+    updated = precise - precise[:, removed] @ Z.T
+    return updated.index_fill_(1, removed, 0).to(W.dtype)

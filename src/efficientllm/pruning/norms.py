@@ -81,4 +81,5 @@ def _correct(norm: Any) -> Correction:
     live_eps, scale = (torch.ones((), dtype=torch.float64, device=norm.weight.device) for _ in range(2))
     setattr(norm, name, live_eps)
     norm.live_scale = scale
-    return Correction(name, eps, live_eps, norm.register_forward_hook(rescale))
+    hook = norm.register_forward_hook(rescale, prepend=True)  # before one that casts: rounded once
+    return Correction(name, eps, live_eps, hook)

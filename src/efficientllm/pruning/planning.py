@@ -15,7 +15,6 @@ from efficientllm.pruning.selection import (
     choose_kind,
     is_landed,
     o_columns,
-    queue_groups,
 )
 from efficientllm.space.dims import KINDS, Measure, Shape, kind_of, of_kind, shape_text
 from efficientllm.space.limits import Limits
@@ -72,7 +71,7 @@ class Planner:
         Raises:
             BudgetError: if nothing may go.
         """
-        queues = {bundle: queue_groups(score, ledger.counted(bundle, {})) for bundle, score in scores.items()}
+        queues = {bundle: Queue(score, ledger.counted(bundle, {})) for bundle, score in scores.items()}
         space, shape = ledger.space, ledger.shape
         removals: list[Removal] = []
         units: dict[str, list[int]] = {}

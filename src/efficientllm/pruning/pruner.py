@@ -240,7 +240,8 @@ class Pruner:
         self._rest_if_done()
 
     def _execute(self, plan: Plan) -> None:
-        check_state(self.optimizer)
+        if not self.removals:
+            check_state(self.optimizer)  # what it keeps does not change
         self.layout.check_same(plan.removals)
         if self._sampler:
             compensate_(self.model, self.space, plan.units, self._sampler, self.layout)
@@ -254,7 +255,8 @@ class Pruner:
         else:
             found = (complete_tiles(kind, self._ledger, self.limits, self.compaction_tile) for kind in kinds)
             self._compact({bundle: tile for tiles in found for bundle, tile in tiles.items()})
-        count_live_(self.model, self._norms, self.space, self._ledger.retired)
+        if any(slot.role == "rider" for dim in self.space.dims() if dim.kind in kinds for slot in dim.slots):
+            count_live_(self.model, self._norms, self.space, self._ledger.retired)
         while self.targets and self._planner.is_landed(self.shape):
             size = self.targets.pop(0)
             if self.on_landing:

@@ -31,23 +31,23 @@ def retire_(
 
     `local` gives the part of a tensor that is held here, `first_row` the entry of axis 0 that it begins with.
     """
-    dims = {dim.name: dim for dim in space.dims()}
+    dims, params = {dim.name: dim for dim in space.dims()}, dict(model.named_parameters())
     slots = [(slot, chosen) for name, chosen in units.items() if chosen for slot in dims[name].slots]
-    places = [(slot, chosen, model.get_parameter(slot.param)) for slot, chosen in slots if slot.role != "rider"]
+    places = [(slot, chosen, params[slot.param]) for slot, chosen in slots if slot.role != "rider"]
     indices = []
     for slot, chosen, param in places:
         first = first_row(param) if slot.axis == 0 else 0
         held = range(local(param).shape[slot.axis])
         index = [entry - first for entry in entries(slot.start, slot.block, chosen)]
         indices.append([entry for entry in index if entry in held])
-    moved = _moved(indices, [param.device for _, _, param in places])
-    for (slot, _, param), gone in zip(places, moved, strict=True):
+    there = moved(indices, [param.device for _, _, param in places])
+    for (slot, _, param), gone in zip(places, there, strict=True):
         for tensor in (param, param.grad, *state_tensors(optimizer, param).values()):
             if tensor is not None:
                 local(tensor).index_fill_(slot.axis, gone, 0)
 
 
-def _moved(indices: list[list[int]], devices: list[torch.device]) -> list[Tensor]:
+def moved(indices: list[list[int]], devices: list[torch.device]) -> list[Tensor]:
     """Returns each list on its device, with one copy a device: each copy waits until all before it is done."""
     whole = torch.tensor(list(chain.from_iterable(indices)), dtype=torch.long)
     lengths = [len(index) for index in indices]

@@ -52,13 +52,22 @@ class Sums:
     counts: dict[str, int]
 
 
-def score_units(space: Space, sums: Sums, retired: Retired | None = None) -> Scores:
-    """Returns the mean element saliency of every unit, infinity for retired ones; waits for the device."""
-    retired = retired or {}
+def score_units(space: Space, sums: Sums, retired: Retired | None = None) -> Scores | None:
+    """Returns the mean element saliency of every unit, infinity for retired ones; waits for the device.
+
+    None if a sum is not finite: then the gradients were broken, which says nothing about any unit.
+    """
     sizes = {dim.name: dim.size for dim in space.dims()}
-    parts = torch.split(sums.totals.cpu(), [sizes[name] for name in sums.counts])  # choosing is the host's business
-    means = {name: part / sums.counts[name] for name, part in zip(sums.counts, parts, strict=True)}
-    for name, units in retired.items():
+    sizes = {name: sizes[name] for name in sums.counts}
+    totals = sums.totals.detach().cpu()  # choosing is the host's business
+    if not bool(totals.isfinite().all()):
+        return None
+    counts = torch.tensor(list(sums.counts.values()), dtype=totals.dtype)
+    lengths = list(sizes.values())
+    means = dict(
+        zip(sizes, torch.split(totals / counts.repeat_interleave(torch.tensor(lengths)), lengths), strict=True)
+    )
+    for name, units in (retired or {}).items():
         if units:
             means[name][units] = torch.inf
     return {name: torch.stack([means[dim.name] for dim in bundle.dims]) for name, bundle in space.bundles.items()}
@@ -111,15 +120,6 @@ def sum_units(
                     others *= live.get((name, axis), length)
             counts[dim_name] += slot.block * others
     return Sums(torch.cat(add_up(list(totals.values()))), {name: counts[name] for name in totals})
-
-
-def are_whole(scores: Scores, space: Space, retired: Retired) -> bool:
-    """Returns whether every unit that is not retired has a finite score."""
-    return all(
-        int(scores[name].isfinite().sum())
-        == len(bundle.dims) * bundle.size - sum(len(retired.get(dim.name, ())) for dim in bundle.dims)
-        for name, bundle in space.bundles.items()
-    )
 
 
 def live_lengths(space: Space, retired: Retired) -> dict[tuple[str, int], int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from efficientllm.pruning.layout import Layout
 from efficientllm.pruning.ledger import Ledger
-from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, are_whole, score_units, smooth, sum_units
+from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, score_units, smooth, sum_units
 
 MOST_WAITING = 16  # steps whose sums stay on the device before they join the average
 
@@ -57,7 +57,7 @@ class Scorer:
         waiting, self._waiting = self._waiting, []
         scores = None
         for sums in waiting:
-            scores = self._whole(sums)
+            scores = score_units(self.ledger.space, sums, self.ledger.retired)
             if scores is not None and self.decay:
                 self.ledger.average = scores = smooth(self.ledger.average, scores, self.decay)
         return scores
@@ -65,7 +65,7 @@ class Scorer:
     def now(self, model: nn.Module, gradient: Gradient | None = None) -> Scores | None:
         """Returns the scores by the present gradients, or by what stands for a parameter's; None if they are broken."""
         sums = self._sum_up(model, gradient or _own)
-        return None if sums is None else self._whole(sums)
+        return None if sums is None else score_units(self.ledger.space, sums, self.ledger.retired)
 
     def clear(self) -> None:
         """Forgets what has been summed up."""
@@ -90,11 +90,6 @@ class Scorer:
             shapes={name: param.shape for name, param in params.items()},
             add_up=self.layout.sum_shards,
         )
-
-    def _whole(self, sums: Sums) -> Scores | None:
-        """Returns scores; None if they are broken, which says nothing about any unit."""
-        scores = score_units(self.ledger.space, sums, self.ledger.retired)
-        return scores if are_whole(scores, self.ledger.space, self.ledger.retired) else None
 
 
 def _own(param: Tensor) -> Tensor | None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from efficientllm.space.dims import Measure, Shape, kind_of, of_kind
 from efficientllm.space.limits import Limits
 
+LOOK = 16  # groups of a queue that are looked up at first
+
 Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
 
@@ -40,36 +42,59 @@ class Removal:
         return asdict(self)
 
 
-@dataclass
 class Queue:
     """The groups of one bundle in the order in which they would go: the k-th takes each dim's k-th least salient unit.
 
-    `units` is (dims, units) and `saliencies` (units); a group's saliency is the mean over dims of its units'.
+    A group's saliency is the mean over dims of its units'. Ties break by index. Looked up only as far as it is asked,
+    for a step takes few groups and the device waits meanwhile.
+
+    Args:
+        scores: of the bundle's units, (dims, units).
+        counted: which dims count in the mean (default: all); not the query heads of a KV group that is retired.
     """
 
-    units: list[list[int]]
-    saliencies: list[float]
-    taken: int = 0
+    def __init__(self, scores: Tensor, counted: Sequence[bool] | None = None) -> None:
+        self.scores, self.counted = scores.float(), counted
+        self.taken = 0
+        self._units: list[list[int]] = []
+        self._saliencies: list[float] = []
 
     @property
     def head(self) -> float:
-        return self.saliencies[self.taken] if self.taken < len(self.saliencies) else float("inf")
+        """The saliency of the group that would go next; infinity if there is none."""
+        self._look()
+        return self._saliencies[self.taken] if self.taken < len(self._saliencies) else float("inf")
 
     def pop(self) -> list[int]:
-        chosen = [row[self.taken] for row in self.units]
+        """Takes the next group: a unit of every dim."""
+        self._look()
+        chosen = self._units[self.taken]
         self.taken += 1
         return chosen
 
+    def _look(self) -> None:
+        """Looks up twice as many groups when those that are known have been taken."""
+        known, every = len(self._units), self.scores.shape[1]
+        if self.taken < known or known == every:
+            return
+        units = least(self.scores, min(max(LOOK, 2 * known), every))
+        ordered = self.scores.gather(1, units)
+        if self.counted is not None:
+            ordered = ordered[torch.tensor(self.counted)]
+        self._units, self._saliencies = units.T.tolist(), ordered.double().mean(0).tolist()
 
-def queue_groups(scores: Tensor, counted: Sequence[bool] | None = None) -> Queue:
-    """Returns the groups of a bundle from its unit scores (dims, units), least salient first; ties break by index.
 
-    `counted` leaves dims out of the mean: the query heads of a KV group that is already retired.
+def least(scores: Tensor, count: int) -> Tensor:
+    """Returns the indices (rows, count) of each row's least entries, in order; ties go by index.
+
+    They are what a stable sort begins with, which takes ten times as long.
     """
-    ordered, units = scores.float().sort(dim=1, stable=True)
-    if counted is not None:
-        ordered = ordered[torch.tensor(counted)]
-    return Queue(units.tolist(), ordered.double().mean(0).tolist())
+    if count < scores.shape[1]:
+        values, units = scores.topk(count + 1, dim=1, largest=False)
+        if not (values[:, -1] == values[:, -2]).any():  # else it may have left the first of several alike out
+            units = units[:, :-1].sort(dim=1).values
+            return units.gather(1, scores.gather(1, units).sort(dim=1, stable=True).indices)
+    return scores.sort(dim=1, stable=True).indices[:, :count]
 
 
 def choose_kind(
