@@ -26,7 +26,7 @@ from efficientllm.pruning.schedule import Pace
 from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Shape
 from efficientllm.training.config import RunConfig
-from efficientllm.training.device import default_threads, find_device
+from efficientllm.training.device import default_checkpointing, default_threads, find_device
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.trainer import Trainer
@@ -86,6 +86,7 @@ def make_trainer(
     pace: Pace | None = None,
     limits: Limits | None = None,
     compensate: bool = False,
+    recompute: str | None = None,
 ) -> Trainer:
     """Returns our Trainer over random tokens; without a target it trains plainly."""
     space = find_space(model)
@@ -99,6 +100,8 @@ def make_trainer(
         batch_tokens=batch,
         micro_batch_size=micro_batch_size,
         compensate=compensate,
+        activation_checkpointing=recompute
+        or default_checkpointing(engine.device, space.num_params(space.shape), engine.precision, engine.compiles),
         lr=5e-4,
     )
     recipe = replace(make_recipe(config, space, limits), pace=pace or LinearPace(1))

@@ -1,21 +1,24 @@
 """Plain training: ours, a bare PyTorch loop and the Hugging Face Trainer, side by side in one process.
 
-    python benchmarks/throughput.py [speed] [memory] [checkpoint] [float32] [bf16]     # by default all, some 30 minutes
+    python benchmarks/throughput.py [speed] [memory] [recompute] [checkpoint] [float32] [bf16]     # all: 45 minutes
 
 SmolLM-135M's shape with random weights, AdamW (fused), gradients clipped at 1, the same micro-batches. Speed: 2 rows of
-512 tokens a step, one row a pass. Memory: rows of 2,048 tokens, each side in a process of its own. Checkpoint: how long
-`save` blocks a run, and how much longer the steps take until it is whole.
+512 tokens a step, one row a pass. Memory: rows of 2,048 tokens, each side in a process of its own. Recompute: both, of
+ours, by what the backward pass computes again. Checkpoint: how long `save` blocks a run, and how much longer the steps
+take until it is whole.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from shapes import (
+    alternate,
     child,
     find_device,
     make_model,
@@ -34,6 +37,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from efficientllm.training.checkpoint import Checkpoints
+from efficientllm.training.config import CHECKPOINTING
 
 SHAPE = "SmolLM-135M"
 ROWS, SEQ_LEN, ROUNDS, WARMUP = 2, 512, 6, 1
@@ -130,8 +134,10 @@ def speed(precision: str) -> dict[str, list[float]]:
 def memory(side: str, precision: str, micro_batch_size: int) -> int:
     """Returns the peak bytes of two steps of one pass, in this process."""
     rows, bf16, model = micro_batch_size, precision == "bf16", make_model(SHAPE)
-    if side == "ours":
-        trainer = make_trainer(model, one_process(precision), rows=rows, seq_len=LONG, micro_batch_size=rows)
+    if side != "trainer":
+        again = side if side in CHECKPOINTING else None
+        engine = one_process(precision)
+        trainer = make_trainer(model, engine, rows=rows, seq_len=LONG, micro_batch_size=rows, recompute=again)
         train_step(trainer), train_step(trainer)
     else:
         run_trainer(model, rows, LONG, rows, bf16, 2, TrainerCallback())
@@ -181,8 +187,27 @@ def compare_memory(precision: str) -> list[tuple[str, str, str]]:
     return rows
 
 
+def compare_recompute(precision: str) -> list[tuple[str, str, str]]:
+    trainers = {
+        how: make_trainer(make_model(SHAPE), one_process(precision), rows=ROWS, seq_len=SEQ_LEN, recompute=how)
+        for how in CHECKPOINTING
+    }
+    found = alternate({how: partial(train_step, each) for how, each in trainers.items()}, ROUNDS)
+    rows = []
+    for how in CHECKPOINTING:
+        peak = int(child(__file__, how, precision, "1"))
+        text = f"{ratios(found[how], found['none'])[1]}; {peak / 1e9:.2f} GB with 1 x {LONG} tokens"
+        rows.append((f"{precision}, time of a step with {how} over none", text, ""))
+    return rows
+
+
 def main(words: list[str]) -> None:
-    parts = {"speed": compare_speed, "memory": compare_memory, "checkpoint": checkpoint}
+    parts = {
+        "speed": compare_speed,
+        "memory": compare_memory,
+        "recompute": compare_recompute,
+        "checkpoint": checkpoint,
+    }
     precisions = ("float32", "bf16") if find_device().type == "cpu" else ("bf16",)
     for precision in [each for each in precisions if each in words] or precisions:
         for name in [each for each in parts if each in words] or parts:

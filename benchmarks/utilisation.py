@@ -42,7 +42,7 @@ def model_rate(name: str, precision: str, rows: int, seq_len: int) -> tuple[floa
         rows=rows,
         seq_len=seq_len,
         memory_bytes=memory_bytes(engine.device),
-        most_tokens=None,
+        device="cuda",
         activation_bytes=2 if precision == "bf16" else 4,
     )
     trainer = make_trainer(model, engine, rows=rows, seq_len=seq_len, micro_batch_size=micro)

@@ -158,11 +158,11 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
             if name != names[0] or compensate:
                 continue
             # what the rest of a run can be asked for, at once; F needs the same rows in every micro-batch of all ranks
-            more = {"saliency": "fisher", "score_ema": 0.5, "score": "all", "activation_checkpointing": True}
+            more = {"saliency": "fisher", "score_ema": 0.5, "score": "all", "activation_checkpointing": "selective"}
             expected_more = whole(Engine(CPU), name, True, **more)
             for kind in engines:
                 results[f"{kind} {name} fisher"] = compare(expected_more, whole(make_engine(kind), name, True, **more))
-            per_layer = {"layout": "per-layer"}
+            per_layer = {"layout": "per-layer", "activation_checkpointing": "full"}
             alone_per_layer = {each: whole(Engine(CPU), name, each, **per_layer) for each in (False, True)}
             for kind in engines:
                 found = whole(make_engine(kind), name, True, **per_layer)

@@ -24,7 +24,7 @@ from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import Teacher
 from efficientllm.training.trainer import Trainer
-from families import NAMES, VOCAB, batch, make_model
+from families import NAMES, batch, make_model
 
 SOURCE = Path(__file__).parent.parent / "src/efficientllm/demo/model"
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_every_family_has_the_loss_and_gradients_of_torch(name: str) -> None:
     tokens = batch(rows=3)
     expected = written_out(stock, teacher, tokens, 0.3, 2.0)
     lesson = Teacher(teacher, RunConfig(distill_weight=0.3, distill_temperature=2.0), Engine(CPU)).lesson(tokens)
-    loss, (ce, kl) = ours(input_ids=tokens, labels=tokens, lesson=replace(lesson, chunk=14 * VOCAB), use_cache=False)
+    loss, (ce, kl) = ours(input_ids=tokens, labels=tokens, lesson=replace(lesson, rows=7), use_cache=False)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert loss.item() == pytest.approx(0.7 * ce.item() + 0.3 * 4 * kl.item(), abs=1e-12)
     expected.backward(), loss.backward()
@@ -91,10 +91,10 @@ def test_what_the_teacher_does_as_well_needs_no_learning(temperature: float) -> 
 def test_without_weight_it_is_the_loss_without_a_teacher_bitwise(cap: float | None) -> None:
     h, W, targets = leaves()
     states, head, _ = leaves(1)
-    loss, _ = lesson_of(states, head, 0.0, chunk=2 * 7 * 11).loss(h, W, targets, scale=0.7, cap=cap)
+    loss, _ = lesson_of(states, head, 0.0, rows=7).loss(h, W, targets, scale=0.7, cap=cap)
     loss.backward()
     found, h.grad, W.grad = (h.grad, W.grad), None, None
-    plain = next_token_loss(h, W, targets, scale=0.7, cap=cap, chunk=7 * 11)
+    plain = next_token_loss(h, W, targets, scale=0.7, cap=cap, rows=7)
     plain.backward()
     assert torch.equal(loss, plain) and torch.equal(found[0], h.grad) and torch.equal(found[1], W.grad)
 

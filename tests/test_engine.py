@@ -154,6 +154,23 @@ def test_a_run_on_two_ranks_goes_on_alone_and_on_four(
 
 
 @pytest.mark.slow
+def test_layers_go_on_shards_as_in_one_process(corpus: Path, tmp_path: Path) -> None:
+    outs = []
+    for number, engine in ((0, "one"), (2, "ddp"), (2, "fsdp")):
+        outs.append(tmp_path / engine)
+        words = [*words_of(corpus, outs[-1]), "--method", "depth"]
+        done = torchrun(2, "-m", "efficientllm", *words, "--engine", engine) if number else alone(*words)
+        assert done.returncode == 0, errors_of(done.stderr)
+    for out in outs[1:]:
+        for mine, theirs in zip(rows_of(out, "removals"), rows_of(outs[0], "removals"), strict=True):
+            assert [mine[key] for key in ("kind", "units", "params_before", "params_after")] == [
+                theirs[key] for key in ("kind", "units", "params_before", "params_after")
+            ]
+        found, wanted = ([row["loss"] for row in rows_of(each, "metrics")][1:] for each in (out, outs[0]))
+        assert found == pytest.approx(wanted, rel=5e-3) and len(found) > 10
+
+
+@pytest.mark.slow
 def test_compiled_on_two_ranks(corpus: Path, one_process: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = torchrun(2, "-m", "efficientllm", *words_of(corpus, out), "--engine", "fsdp", "--compile")

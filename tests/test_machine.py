@@ -1,5 +1,6 @@
 """What a run makes of its machine: memory that runs out, compiled graphs, precision, steps that do not wait."""
 
+import copy
 import json
 import os
 import re
@@ -12,19 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficientllm.delivery.load import empty_model, load_model
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import LinearPace, Pruner
+from efficientllm.pruning.norms import LiveNorms
 from efficientllm.space import find_limits, find_space
 from efficientllm.training.config import RunConfig
 from efficientllm.training.device import default_precision, default_threads, physical_cores
 from efficientllm.training.loss import chunked_loss_, token_slopes_
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
+from efficientllm.training.recompute import checkpoint_
 from efficientllm.training.trainer import Trainer
-from families import batch, make_model
+from families import NAMES, batch, make_model
+from waits import Waits
 
 MODEL = Path(__file__).parent.parent / "src/efficientllm/demo/model"
 CPU = torch.device("cpu")
@@ -86,7 +89,9 @@ def test_a_rank_that_runs_out_of_memory_tells_it(tmp_path: Path) -> None:
 
 def test_a_row_that_does_not_fit_is_told() -> None:
     trainer = make_trainer(micro_batch_size=3)  # of 8 rows: 1 divides both
-    with pytest.raises(TrainingError, match="out of memory with 1 rows of 32 tokens a pass; add --activation"):
+    with pytest.raises(
+        TrainingError, match="out of memory with 1 rows of 32 tokens a pass; take --activation-checkpointing full or"
+    ):
         trainer._halve(8)
     with pytest.raises(TrainingError, match="or leave --distill out"):
         make_trainer(micro_batch_size=3, distill="source")._halve(8)
@@ -95,10 +100,13 @@ def test_a_row_that_does_not_fit_is_told() -> None:
 # --- compiled graphs -------------------------------------------------------------------------------------------------
 
 
-def pruned(engine: Engine, name: str, compensate: bool, steps: int = 12) -> tuple[list[float], list[Any], list[Any]]:
+def pruned(
+    engine: Engine, name: str, compensate: bool, how: str = "none", steps: int = 12
+) -> tuple[list[float], list[Any], list[Any]]:
     """Losses, removals and the physical shape of every step of a short run."""
     model = make_model(name, dtype=torch.float32)
     space = find_space(model)
+    checkpoint_(model, how)
     chunked_loss_(model, engine.compiled(token_slopes_))
     model = engine.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
@@ -116,7 +124,8 @@ def pruned(engine: Engine, name: str, compensate: bool, steps: int = 12) -> tupl
     for step in range(steps):
         shapes.append(tuple(pruner.space.shape.values()))
         tokens = batch(step, rows=3)
-        loss = engine.forward(model)(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with engine.autocast():
+            loss = engine.forward(model)(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -125,11 +134,21 @@ def pruned(engine: Engine, name: str, compensate: bool, steps: int = 12) -> tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "compensate"), [("llama-tied", False), ("qwen2", True)])
-def test_compiled_it_prunes_as_it_does_without_and_compiles_at_compactions_alone(name: str, compensate: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "compensate", "how"),
+    [
+        ("llama-tied", False, "none"),
+        ("qwen2", True, "none"),
+        ("qwen2", True, "selective"),
+        ("qwen2", True, "full"),
+    ],
+)
+def test_compiled_it_prunes_as_it_does_without_and_compiles_at_compactions_alone(
+    name: str, compensate: bool, how: str
+) -> None:
     plain, compiled = Engine(CPU), Engine(CPU, compiles=True)
     losses, removals, _ = pruned(plain, name, compensate)
-    found, same, shapes = pruned(compiled, name, compensate)
+    found, same, shapes = pruned(compiled, name, compensate, how)
     assert same == removals and len(removals) > 10
     assert found == pytest.approx(losses, rel=1e-4)
     changes = 1 + sum(before != after for before, after in pairwise(shapes))
@@ -137,17 +156,16 @@ def test_compiled_it_prunes_as_it_does_without_and_compiles_at_compactions_alone
     assert compiled.compilations == 2 * changes  # a layer's graph, which all layers share, and the loss's
 
 
+@pytest.mark.slow
+def test_compiled_in_bf16_a_layer_is_one_graph_too() -> None:
+    engine = Engine(CPU, "bf16", compiles=True)
+    found, removals, shapes = pruned(engine, "qwen2", True)
+    plain, _, _ = pruned(Engine(CPU, "bf16"), "qwen2", True)
+    assert found == pytest.approx(plain, rel=1e-2) and len(removals) > 10
+    assert engine.compilations == 2 * (1 + sum(before != after for before, after in pairwise(shapes)))
+
+
 # --- waiting for the device ------------------------------------------------------------------------------------------
-
-
-class Waits(TorchDispatchMode):
-    """Counts how often a number is taken from a tensor, for which a GPU would have to be waited for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def make_trainer(**changes: Any) -> Trainer:
@@ -241,3 +259,37 @@ def test_bf16_products_leave_weights_and_moments_in_float32() -> None:
     tensors = [*model.parameters(), *(param.grad for param in model.parameters())]
     tensors += [state["exp_avg"] for state in optimizer.state.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def dtypes_between(model: Any, engine: Engine) -> set[torch.dtype]:
+    """What comes into the layers, and into every product of theirs."""
+    seen = set()
+    for layer in model.model.layers:
+        for module in [layer, *(each for each in layer.modules() if isinstance(each, torch.nn.Linear))]:
+            module.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    with engine.autocast():
+        assert model(input_ids=batch(), labels=batch(), use_cache=False).loss.isfinite()
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_what_runs_between_the_products_is_bf16(name: str) -> None:
+    engine = Engine(CPU, "bf16")
+    plain = make_model(name, dtype=torch.float32)
+    wrapped = engine.wrap(copy.deepcopy(plain))
+    with torch.no_grad():
+        assert torch.equal(wrapped(input_ids=batch()).logits, plain(input_ids=batch()).logits)  # without autocast
+    assert dtypes_between(wrapped, engine) == {torch.bfloat16}
+    assert torch.float32 in dtypes_between(plain, engine)  # control: autocast alone
+
+
+def test_in_bf16_a_norm_over_retired_units_is_rounded_once() -> None:
+    engine, generator = Engine(CPU, "bf16"), torch.Generator().manual_seed(0)
+    norm = engine.wrap(make_model("llama", dtype=torch.float32)).model.norm
+    x = torch.randn(50, 24, generator=generator)
+    x[:, 14:] = 0
+    LiveNorms().set(norm, 14, 24)
+    exact = norm(x)
+    with engine.autocast():
+        assert torch.equal(norm(x), exact.bfloat16())
+    assert exact.dtype == torch.float32

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.cli import main
 from efficientllm.training.corpus import open_corpus
+from efficientllm.training.device import physical_cores
 from efficientllm.training.feed import batches, mixture
-from efficientllm.training.folder import new_folder, stored_config
+from efficientllm.training.folder import continued, new_folder, stored_config
 from efficientllm.training.interruption import Interruption, exit_on_sigterm
 
 SOURCE = Path(__file__).parent.parent / "src/efficientllm/demo/model"
@@ -214,10 +216,14 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_resume_of_a_finished_run_and_of_none(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["prune", "--resume", "--out", str(finished)]) == 0
     assert "is finished" in capsys.readouterr().out
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        assert main(["prune", "--resume", "--out", str(finished)]) == 0
+    assert not capsys.readouterr().out  # the first rank has said it
     assert main(["prune", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "no run folder" in capsys.readouterr().err
 
@@ -225,12 +231,24 @@ def test_resume_of_a_finished_run_and_of_none(
 @pytest.mark.parametrize(
     ("flag", "value"), [("--target-params", "550k"), ("--data", "other.jsonl"), ("--seed", "3"), ("--tokens", "6000")]
 )
-def test_resume_refuses_another_run(finished: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = result_bytes(finished)
-    assert main(["prune", "--resume", "--out", str(finished), flag, value]) == 2
+def test_resume_refuses_another_run(
+    finished: Path, tmp_path: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    assert main(["prune", "--resume", "--out", str(moved), flag, value]) == 2
     error = capsys.readouterr().err
     assert flag in error and error.count("\n") == 1
-    assert result_bytes(finished) == before
+    assert f"the run in {moved} has" in error or flag == "--tokens"
+    assert result_bytes(moved) == result_bytes(finished)
+
+
+def test_without_its_first_row_a_run_still_gives_its_result(finished: Path, tmp_path: Path) -> None:
+    out = unfinished(finished, tmp_path)
+    metrics = out / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[1:]))
+    assert main(["prune", "--resume", "--out", str(out)]) == 0
+    assert result_bytes(out)[0] == result_bytes(finished)[0]
 
 
 def test_more_tokens_go_on_from_before_the_decay(
@@ -245,6 +263,24 @@ def test_more_tokens_go_on_from_before_the_decay(
     assert metrics[14]["lr"] > rows(finished / "metrics.jsonl")[14]["lr"]
     assert (out / "model-8.19k/model.safetensors").read_bytes() == result_bytes(finished)[0]
     assert (out / "model").exists()
+
+
+def test_shards_belong_to_fsdp(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(data, tmp_path / "run", shards="2")
+    assert main([*words, "--engine", "ddp"]) == 2
+    assert "--shards 2 is for --engine fsdp" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    was = replace(stored_config(finished), engine="fsdp", shards=2)
+    assert continued(replace(was, engine="ddp"), was).shards is None  # given for the engine that the run leaves
+    assert continued(replace(was, threads=1), was).shards == 2
+
+
+def test_what_has_no_effect_here_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"tokens": "1024", "prune_tokens": "1024", "target_params": "602976", "valid_tokens": "64"}
+    before, threads = torch.get_num_threads(), physical_cores() + 1
+    assert main(arguments(data, tmp_path / "run", shards="2", threads=str(threads), **few)) == 0
+    torch.set_num_threads(before)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--shards 2: this is one process" in said and f"--threads {threads}: this process may run on" in said
 
 
 def test_target_equal_to_the_source_is_plain_training(data: Path, tmp_path: Path) -> None:
@@ -284,6 +320,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     skipped = [row["skipped"] for row in rows(out / "metrics.jsonl")]
     assert max(skipped) >= 4
     assert not (out / "model").exists()
+    assert "no checkpoint had been written yet; begin anew" in error
 
 
 def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are w
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 KEYWORDS = {"for": "for_type"}  # flags that are no names in Python, and their fields
 SOURCE = "source"  # the teacher that --distill without a value means
+CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
 PACES = ("prune_tokens", "slot_steps", "removals_per_step")
 
 
@@ -92,7 +93,13 @@ class RunConfig:
     )
     eval_every: int | None = _flag(None, "steps between validations")
     checkpoint_every: int | None = _flag(None, "steps between checkpoints")
-    activation_checkpointing: bool = _flag(False, "compute activations again in the backward pass to save memory")
+    activation_checkpointing: str | None = _flag(
+        None,
+        "what the backward pass computes again, to save memory: nothing, all but products and attention (default on a "
+        "CPU from 10M parameters), or whole layers (the flag without a value)",
+        choices=CHECKPOINTING,
+        bare="full",
+    )
     log_to: str | None = _flag(None, "also log there", choices=("tensorboard", "wandb"))
     trust_remote_code: bool = _flag(False, "run the code that comes with the model")
 
@@ -149,6 +156,9 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
 
 def _value(name: str, value: Any) -> Any:
     kind: Any = FIELDS[name].type
+    bare = FIELDS[name].metadata["bare"]
+    if bare and isinstance(value, bool):  # in YAML: the flag without a value, or no flag
+        value = bare if value else None
     if value is None or (value == "auto" and name in AUTO):
         return FIELDS[name].default
     if isinstance(kind, UnionType):

@@ -17,7 +17,7 @@ def remove_layers_(
     """Removes the layers of least block influence from a model, in place, until `num_layers` are left; returns the log.
 
     Args:
-        whole: what `engine.wrap` has made of the model, to look at.
+        whole: what `engine.wrap` has made of the model's twin, to look at.
     """
     influences = block_influences(whole, batches, micro_batch_size, engine)
     params = sum(param.numel() for param in model.parameters())
@@ -75,7 +75,6 @@ def drop_layers_(model: Any, gone: Sequence[int]) -> None:
             setattr(model.config, name, getattr(changed, name))  # in place: every module holds this object
     model.model.layers = nn.ModuleList([model.model.layers[layer] for layer in stay])
     for index, layer in enumerate(model.model.layers):
-        vars(layer).pop("forward", None)  # compiled, if it was; the engine compiles anew
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index

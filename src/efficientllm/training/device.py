@@ -7,7 +7,7 @@ import torch
 
 from efficientllm.delivery.load import cpu_has_bf16
 
-BF16_FROM = 10_000_000  # parameters of a source from which a CPU computes in bf16, if it has the instructions
+LARGE_FROM = 10_000_000  # parameters of a source from which products, not calls, take a CPU's time
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -29,8 +29,18 @@ def default_precision(device: torch.device, params: int) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = params >= BF16_FROM and cpu_has_bf16()
+        fast = params >= LARGE_FROM and cpu_has_bf16()
     return "bf16" if fast else "float32"
+
+
+def default_checkpointing(device: torch.device, params: int, precision: str, compiles: bool) -> str:
+    """Returns what is computed again in the backward pass without `--activation-checkpointing` (recompute.py).
+
+    `selective` on a CPU where it takes 4% of a step's time for a quarter of its memory: in float32, for a source that
+    is not small (benchmarks/README.md). In bf16 it takes 11%, beside faster products; compiled layers keep less anyway.
+    """
+    gains = device.type == "cpu" and params >= LARGE_FROM and precision == "float32" and not compiles
+    return "selective" if gains else "none"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

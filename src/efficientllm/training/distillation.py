@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from efficientllm.training.loss import (
-    CHUNK,
+    chunk_rows,
     chunked,
     loss_and_slopes_,
     precise_logits,
@@ -45,6 +45,7 @@ class Lesson:
         head: the teacher's, (vocab, hidden of the teacher).
         scale, cap: of the teacher's logits, as `loss.logit_form` returns them.
         slopes: `distilled_slopes_`, or it, compiled.
+        rows: tokens of a chunk, at most (default: `loss.chunk_rows`, for both models' logits).
         hidden_weight, kept: W, and which of the teacher's hidden dimensions the student has; both or neither.
     """
 
@@ -57,7 +58,7 @@ class Lesson:
     slopes: DistilledSlopes
     hidden_weight: float | None = None
     kept: Kept | None = None
-    chunk: int = CHUNK
+    rows: int | None = None
 
     def loss(self, h: Tensor, W: Tensor, targets: Tensor, *, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
         """Returns the loss, which has gradients, and its parts: CE, KL and, if it counts, the states' distance.
@@ -77,7 +78,7 @@ class Lesson:
             put_slopes_(logits, z.mul_(scale * factor))
             return sums
 
-        loss, parts = chunked(h, W, turn, rows=max(1, self.chunk // 2 // W.shape[0]))
+        loss, parts = chunked(h, W, turn, rows=self.rows or chunk_rows(len(h), len(W), h.device.type, share=2))
         if self.kept is None or self.hidden_weight is None:
             return loss, parts
         distance = state_distance(h, self.states, self.kept)

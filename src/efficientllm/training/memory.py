@@ -2,8 +2,9 @@
 
     d  hidden size      a  query columns (heads · head size)      k  key columns      f  feed-forward width
 
-A layer saves for the backward pass, per token: 6d in float32 (two norms: what goes in, normed, and scaled), and in the
-activations' dtype 2a + 2k (query, key, value, attention's result) and 4f (gate, its activation, up, their product).
+A layer saves for the backward pass, per token: 2d in float32 (what goes into two norms), and in the activations'
+dtype 4d (normed, and scaled), 2a + 2k (query, key, value, attention's result) and 4f (gate, its activation, up, their
+product).
 
 Weights, gradients and moments are float32 always: 16 bytes a parameter, whole, or under FSDP a part on each rank.
 """
@@ -13,7 +14,7 @@ from math import ceil, isqrt
 from typing import Any
 
 from efficientllm.space.dims import Shape, Space, in_layer
-from efficientllm.training.loss import CHUNK
+from efficientllm.training.loss import chunk_rows
 
 FLOAT32 = 4  # bytes
 PRECISIONS = {"float32": FLOAT32, "bf16": 2}  # bytes of a number in the products
@@ -87,10 +88,11 @@ def estimate(
     activation_bytes: int = FLOAT32,
     compensate: bool = False,
     fisher: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "none",
     engine: str = "one",
     shards: int = 1,
     teacher: Space | None = None,
+    device: str = "cpu",
 ) -> Memory:
     """Returns the memory of training a model of `space` at `shape` with AdamW, on one rank.
 
@@ -105,6 +107,7 @@ def estimate(
         engine: one, ddp or fsdp.
         shards: ranks that share one copy under fsdp.
         teacher: the space of `--distill`'s, at its own shape.
+        device: cpu or cuda, which take different chunks of the loss.
     """
     params = space.num_params(shape)
     tokens = micro_batch_size * seq_len
@@ -112,11 +115,13 @@ def estimate(
     layers = [in_layer(shape, layer) for layer in range(space.num_layers)]
     inputs = [in_channels(space, sizes) for sizes in layers]
     mixed = activation_bytes < weight_bytes
-    casts = activation_bytes * 2 * hidden if mixed else 0  # the norms' results, cast for the products
-    each = [layer_bytes(space, sizes, activation_bytes) + casts for sizes in layers]
+    each = [layer_bytes(space, sizes, activation_bytes) for sizes in layers]
     saved = sum(each)
-    if activation_checkpointing:
-        saved = FLOAT32 * hidden * space.num_layers + max(each)  # what enters each layer, and one layer computed again
+    if activation_checkpointing != "none":
+        # what enters each layer, and one layer computed again
+        saved = activation_bytes * hidden * space.num_layers + max(each)
+    if activation_checkpointing == "selective":
+        saved += sum(product_bytes(space, sizes, activation_bytes) for sizes in layers)
     rows = batch_rows or micro_batch_size
     samples = solve = 0
     if compensate:
@@ -143,8 +148,8 @@ def estimate(
         weights=held,
         gradients=held,
         moments=2 * held,
-        activations=tokens * (saved + FLOAT32 * 3 * hidden),  # the last norm as any other
-        logits=logit_bytes(tokens, space.vocab_size, activation_bytes * mixed, teacher is not None)
+        activations=tokens * (saved + norm_bytes(hidden, activation_bytes)),
+        logits=logit_bytes(tokens, space.vocab_size, activation_bytes * mixed, teacher is not None, device)
         + FLOAT32 * hidden * (tokens + space.vocab_size),
         buckets=weight_bytes * params if engine == "ddp" and accumulates else 0,
         casts=activation_bytes * params if mixed and not sharded else 0,
@@ -160,15 +165,27 @@ def estimate(
 def layer_bytes(space: Space, shape: Shape, activation_bytes: int) -> int:
     """Returns the bytes of a token's activations in a decoder layer of that shape."""
     query, key = in_channels(space, shape)["query"], shape["kv"] * space.head_dim
-    return FLOAT32 * 6 * shape["hidden"] + activation_bytes * (2 * query + 2 * key + 4 * shape["ffn"])
+    norms = 2 * norm_bytes(shape["hidden"], activation_bytes)
+    return norms + activation_bytes * (2 * query + 2 * key + 4 * shape["ffn"])
 
 
-def logit_bytes(tokens: int, vocab_size: int, cast_bytes: int, taught: bool) -> int:
+def norm_bytes(hidden: int, activation_bytes: int) -> int:
+    """Returns the bytes of a token in a norm: what goes in, in float32, normed and scaled."""
+    return (FLOAT32 + 2 * activation_bytes) * hidden
+
+
+def product_bytes(space: Space, shape: Shape, activation_bytes: int) -> int:
+    """Returns the bytes of what a token's products and attention give in a decoder layer of that shape."""
+    query, key = in_channels(space, shape)["query"], shape["kv"] * space.head_dim
+    return activation_bytes * (2 * query + 2 * key + 2 * shape["hidden"] + 2 * shape["ffn"])
+
+
+def logit_bytes(tokens: int, vocab_size: int, cast_bytes: int, taught: bool, device: str) -> int:
     """Returns the bytes of a chunk's logits, which become their own gradient, cast for the products if those are bf16.
 
     Taught by a teacher, half as many tokens have both models' logits and the logarithms of both distributions.
     """
-    rows = min(tokens, max(1, CHUNK // (2 if taught else 1) // vocab_size))
+    rows = chunk_rows(tokens, vocab_size, device, 2 if taught else 1)
     return rows * vocab_size * ((4 if taught else 1) * FLOAT32 + cast_bytes)
 
 
@@ -223,20 +240,19 @@ def fitting_micro_batch(
     rows: int,
     seq_len: int,
     memory_bytes: float,
-    most_tokens: int | None = CPU_TOKENS,
-    share: float = MEMORY_SHARE,
+    device: str = "cpu",
     **more: Any,
 ) -> int:
-    """Returns the rows of a forward pass: the largest divisor of `rows` whose peak fits in `share` of the memory.
+    """Returns the rows of a forward pass: the largest divisor of `rows` whose peak fits in 0.8 of the memory.
 
-    At least 1, whether that fits or not; `most_tokens` bounds the tokens of a pass (None: memory alone does); `more` as
-    in `estimate`.
+    At least 1, whether that fits or not; on a CPU of at most `CPU_TOKENS`; `more` as in `estimate`.
     """
     for size in sorted(divisors(rows), reverse=True):
-        if most_tokens is not None and size * seq_len > most_tokens:
+        if device == "cpu" and size * seq_len > CPU_TOKENS:
             continue
-        memory = estimate(space, shape, micro_batch_size=size, seq_len=seq_len, batch_rows=rows, **more)
-        if memory.peak <= share * memory_bytes:
+        way = {"seq_len": seq_len, "batch_rows": rows, "device": device, **more}
+        memory = estimate(space, shape, micro_batch_size=size, **way)
+        if memory.peak <= MEMORY_SHARE * memory_bytes:
             return size
     return 1
 

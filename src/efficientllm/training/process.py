@@ -50,6 +50,8 @@ class Engine(Layout):
 
     def wrap(self, model: "PreTrainedModel") -> Any:
         """Returns the model to train, in float32 on its device; of a model on the meta device the shapes alone."""
+        if self.precision == "bf16":
+            narrow_stream_(model)
         self._place(model)
         self._compile(model)
         return model
@@ -113,6 +115,8 @@ class Engine(Layout):
         """Returns a function as it is called in training: with --compile one graph for every shape."""
         if not self.compiles:
             return function
+        # a hook that has put an input down need not do so again where a layer is computed for the second time
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         return torch.compile(function, dynamic=False, backend=self._count_and_compile)
 
     def forget_graphs(self) -> None:
@@ -142,6 +146,21 @@ class Engine(Layout):
         return made
 
 
+def narrow_stream_(model: nn.Module) -> None:
+    """Lets embeddings and norms give what products take under autocast, which would leave the stream in float32.
+
+    So a norm's result is cast once, not for each product that reads it, and what a layer adds moves half the bytes.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) and any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_hook(_as_products_take_it)
+
+
+def _as_products_take_it(module: nn.Module, args: Any, output: Any) -> Any:
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+
 def training_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype of weights and moments: float32, or a model's own where that is wider."""
     return torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -162,6 +181,12 @@ def on_meta(model: "PreTrainedModel") -> Any:
     for param in model.parameters():
         empty[id(param)] = nn.Parameter(empty[id(param)], requires_grad=param.requires_grad)
     return copy.deepcopy(model, empty)
+
+
+def twin(model: "PreTrainedModel") -> Any:
+    """Returns a copy that shares the weights, to be wrapped for a look: FSDP empties what it is given."""
+    shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def owned_(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from efficientllm.training.interruption import Interruption
 from efficientllm.training.logs import ExternalLog, JsonLines, read_rows
 from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.methods import METHODS
-from efficientllm.training.process import Engine
+from efficientllm.training.process import Engine, twin
 from efficientllm.training.progress import Display
 from efficientllm.training.recipe import Recipe
 from efficientllm.training.result import save_result
@@ -188,8 +189,9 @@ class Run:
     def _remove_layers(self, model: "PreTrainedModel") -> None:
         """Takes layers out of a source that has been read and not begun to train; validates it before."""
         rows, engine, config = self.config.micro_batch_size or 1, self.engine, self.config
-        chunked_loss_(model)
-        whole = engine.wrap(model)
+        whole = twin(model)
+        chunked_loss_(whole)
+        whole = engine.wrap(whole)
         self.first_row["params"] = self.source.num_params
         if self.valid_rows:
             self.valid_losses[0] = validation_loss(whole, self.valid_rows, rows, engine)
@@ -207,7 +209,9 @@ class Run:
         if self.trainer.step == 0:
             for spec, times in self.feed.epochs(self.recipe.total_steps).items():
                 if times > 1:
-                    self.display.warn(f"data {spec} runs out: it is seen {times:.1f} times, each in a new order")
+                    self.display.warn(
+                        f"data {spec} runs out: it is seen {ceil(10 * times) / 10:g} times, each in a new order"
+                    )
         self.trainer.feed = self.feed.after(self.trainer.step, self.engine)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +259,7 @@ class Run:
         trainer.pruner.close()
         steps = sorted(self.valid_losses)
         begun = "fresh weights" if self.config.method == "scratch" else "source"
-        losses = {begun: self.valid_losses[0], "result": self.valid_losses[steps[-1]]} if len(steps) > 1 else {}
+        losses = {begun: self.valid_losses[0], "result": self.valid_losses[steps[-1]]} if 0 in steps[:-1] else {}
         self._save(self.out / "model", trainer.tokens, losses, annealed=True)
         say = self.display.say
         say(
@@ -289,8 +293,9 @@ class Run:
         with suppress(OSError, RuntimeError):
             self.checkpoints.finish()
         checkpoint = last_checkpoint(self.out / "checkpoints")
-        step = checkpoint.step if checkpoint else 0
-        return f"the last good checkpoint is at step {step}; go on from there: {self._resume_command()}"
+        if checkpoint is None:
+            return f"no checkpoint had been written yet; begin anew: {self._resume_command()}"
+        return f"the last good checkpoint is at step {checkpoint.step}; go on from there: {self._resume_command()}"
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -25,6 +25,7 @@ from efficientllm.training.methods import METHODS
 from efficientllm.training.metrics import Metrics
 from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
+from efficientllm.training.recompute import checkpoint_
 from efficientllm.training.teacher import PARTS, Teacher
 from efficientllm.training.watching import Watch
 
@@ -64,8 +65,7 @@ class Trainer:
         self.config, self.recipe, self.engine = config, recipe, engine
         self.micro_batch_size = config.micro_batch_size or 1
         model.train()
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_(model, config.activation_checkpointing or "none")
         chunked_loss_(model, engine.compiled(token_slopes_))
         model = engine.wrap(model)
         self.teacher = Teacher(teacher, config, engine) if teacher is not None else None
@@ -245,8 +245,11 @@ class Trainer:
         smaller = max((each for each in divisors(rows) if 2 * each <= size), default=0)
         found = f"out of memory with {size} rows of {self.config.seq_len} tokens a pass"
         if not smaller:
+            ways = ["more ranks with --engine fsdp"]
+            if self.config.activation_checkpointing != "full":
+                ways.insert(0, "--activation-checkpointing full")
             less = ", or leave --distill out" if self.teacher else ""
-            raise TrainingError(f"{found}; add --activation-checkpointing, or more ranks with --engine fsdp{less}")
+            raise TrainingError(f"{found}; take {' or '.join(ways)}{less}")
         if self.engine.num_ranks > 1:  # the others wait for a sum that this rank will not come to
             raise TrainingError(
                 f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}", one_rank=True
