@@ -42,7 +42,7 @@ $(EDGE): $(STAMP)
 	@touch $@
 
 test-edge: $(EDGE)
-	$(BIN)/pytest tests/test_gguf.py tests/test_gguf_size.py tests/test_widening.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_export_folder.py tests/test_bench.py
+	$(BIN)/pytest tests/delivery/gguf/test_gguf.py tests/delivery/gguf/test_gguf_size.py tests/delivery/gguf/test_widening.py tests/delivery/gguf/test_llama_cpp.py tests/delivery/test_onnx.py tests/delivery/test_export_folder.py tests/delivery/test_bench.py
 
 bench:
 	@sed -n 's|^    python benchmarks|$(BIN)/python benchmarks|p' benchmarks/*.py

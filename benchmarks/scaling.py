@@ -29,11 +29,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+from efficientllm.distributed.parallel import FSDP, start_engine
 from efficientllm.pruning import LinearPace, SlotPace
 from efficientllm.pruning.removal import kept_entries
 from efficientllm.pruning.schedule import Pace
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.engine import FSDP, start_engine
 from efficientllm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from efficientllm.config.run_config import RunConfig
+from efficientllm.distributed.device import default_checkpointing, default_threads, find_device
+from efficientllm.distributed.engine import Engine
+from efficientllm.models.llama_mistral import mistral_config
 from efficientllm.pruning import LinearPace
-from efficientllm.pruning.relabel import mistral_config
 from efficientllm.pruning.schedule import Pace
 from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Shape
-from efficientllm.training.config import RunConfig
-from efficientllm.training.device import default_checkpointing, default_threads, find_device
-from efficientllm.training.process import Engine
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.trainer import Trainer
 

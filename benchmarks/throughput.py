@@ -36,8 +36,8 @@ from shapes import (
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from efficientllm.training.checkpoint import Checkpoints
-from efficientllm.training.config import CHECKPOINTING
+from efficientllm.config.run_config import CHECKPOINTING
+from efficientllm.distributed.checkpoint import Checkpoints
 
 SHAPE = "SmolLM-135M"
 ROWS, SEQ_LEN, ROUNDS, WARMUP = 2, 512, 6, 1

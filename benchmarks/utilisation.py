@@ -14,9 +14,9 @@ import steps
 import torch
 from shapes import find_device, make_model, make_trainer, now, one_process, quiet, show, timed, train_step
 
+from efficientllm.distributed.device import memory_bytes
 from efficientllm.space import find_space
-from efficientllm.training.device import memory_bytes
-from efficientllm.training.memory import fitting_micro_batch
+from efficientllm.training.memory_estimate import fitting_micro_batch
 
 ASKED = {"SmolLM-135M": 0.40, "SmolLM-360M": 0.50, "SmolLM-1.7B": 0.55}
 ROWS, SEQ_LEN = 32, 2048

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm import Pruner
-from efficientllm.demo.corpus import documents
+from efficientllm.demo.docstrings import documents
 from efficientllm.pruning import LinearPace
 
 STEPS, PRUNE_STEPS, ROWS, SEQ_LEN = 40, 20, 8, 128

@@ -17,7 +17,7 @@ from pathlib import Path
 from demo_model.make_source import write_model
 from scales import SCALES, Pretraining, Scale
 
-from efficientllm.training.text import parse_source, read_documents
+from efficientllm.data.documents import parse_source, read_documents
 
 RUNS = Path(__file__).parent.parent / "runs/experiments"
 DOCUMENTS = 5_000  # that the tokenizer is trained on

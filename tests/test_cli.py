@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from efficientllm.cli import HANDLERS, main
+from efficientllm.config.run_config import FIELDS, flag_name
 from efficientllm.flags import build_parser
-from efficientllm.training.config import FIELDS, flag_name
 
 VERBS = ("inspect", "plan", "prepare", "prune", "report", "generate", "export", "bench", "eval", "compare", "push")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from efficientllm.demo.corpus import write_corpus
+from efficientllm.demo.docstrings import write_corpus
 
 BOS, EOS = "<s>", "</s>"
 VOCAB_SIZE = 2048  # of some 600k parameters the tied embedding then holds a third, as in models of 100M

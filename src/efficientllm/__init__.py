@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficientllm.delivery.load import load_model as load
+    from efficientllm.models.load import load_model as load
     from efficientllm.pruning.pruner import Pruner
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return Pruner
     if name == "load":
-        from efficientllm.delivery.load import load_model
+        from efficientllm.models.load import load_model
 
         return load_model
     raise AttributeError(f"module 'efficientllm' has no attribute {name!r}")

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from efficientllm.config.checks import check_shards, validate
+from efficientllm.config.run_config import FIELDS, GGUF_TYPES, RunConfig, dump_yaml, from_dict, nearest, read_yaml
+from efficientllm.distributed.rendezvous import is_main_rank
 from efficientllm.errors import ConfigError, EfficientLLMError
 from efficientllm.flags import LIMITS, TEXT, build_parser, check_flags
 from efficientllm.numbers import parse_count
-from efficientllm.training.cards import read_cluster
-from efficientllm.training.checks import check_shards, validate
-from efficientllm.training.config import FIELDS, GGUF_TYPES, RunConfig, dump_yaml, from_dict, nearest, read_yaml
-from efficientllm.training.meeting import is_main_rank
+from efficientllm.planning.gpus import read_cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def _checked(given: argparse.Namespace) -> RunConfig:
 
 def _inspect(given: argparse.Namespace) -> int:
     config = _checked(given)
-    from efficientllm.report.space import print_space
+    from efficientllm.terminal.inspect import print_space
 
     limits = {name: getattr(config, name) for name in LIMITS}
     return print_space(config.model, **limits, trust_remote_code=config.trust_remote_code)
@@ -92,14 +92,14 @@ def _plan(given: argparse.Namespace) -> int:
             raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
     if config.method != "efficientllm":
         raise ConfigError(f"--method {config.method}: plan knows the removals of efficientllm alone; leave it out")
-    from efficientllm.report.plan import print_plan
+    from efficientllm.terminal.plan import print_plan
 
     return print_plan(config, given.like, cluster)
 
 
 def _prepare(given: argparse.Namespace) -> int:
     config = _checked(given)
-    from efficientllm.training.prepare import prepare_command
+    from efficientllm.data.prepare import prepare_command
 
     text = {name: getattr(config, name) for name in (*TEXT, "trust_remote_code")}
     return prepare_command(config.data, tokenizer=given.tokenizer, out=config.out, **text)
@@ -116,7 +116,7 @@ def _prune(given: argparse.Namespace) -> int:
     validate(config, complete=not given.resume)
     from efficientllm.report.live import followed
     from efficientllm.report.page import report_finished
-    from efficientllm.training.run import prune
+    from efficientllm.run.prune import prune
 
     with followed(config.out, port if is_main_rank() else None):
         code = prune(config, resume=given.resume)
@@ -204,7 +204,7 @@ def _eval(given: argparse.Namespace) -> int:
         raise ConfigError(f"--data-dir {given.data_dir} is for tasks; add --tasks, or leave it out")
     limit = None if given.limit is None else _at_least_one(given.limit, "--limit")
     tasks, batch_size = find_tasks(names) if names else [], _at_least_one(given.batch_size, "--batch-size")
-    from efficientllm.report.scores import eval_command
+    from efficientllm.terminal.eval import eval_command
 
     return eval_command(
         given.models,
@@ -222,7 +222,7 @@ def _eval(given: argparse.Namespace) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from efficientllm.report.compare import compare
+    from efficientllm.terminal.compare import compare
 
     return compare(given.runs, out=given.out, overwrite=given.overwrite)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from efficientllm import __version__
+from efficientllm.config.run_config import FIELDS, GGUF_TYPES, flag_name
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import SUFFIXES
-from efficientllm.training.config import FIELDS, GGUF_TYPES, flag_name
 
 Handler = Callable[[argparse.Namespace], int]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from efficientllm.delivery.child import in_child, peak_memory
-from efficientllm.delivery.load import find_model, finished_model
 from efficientllm.errors import ConfigError
+from efficientllm.models.load import find_model, finished_model
 
 ROUNDS = 3  # of which the median counts; one more, shorter, before them
 FASTER = 1.05  # times as many generated tokens a second; less is noise on most machines
@@ -140,7 +140,7 @@ def _in_torch(path: str, prompt: int, new: int, threads: int, trust_remote_code:
     import torch
     from transformers import DynamicCache
 
-    from efficientllm.delivery.load import load_model
+    from efficientllm.models.load import load_model
 
     torch.set_num_threads(threads)
     model = load_model(path, trust_remote_code=trust_remote_code)

@@ -3,9 +3,9 @@
 import errno
 from pathlib import Path
 
-from efficientllm.delivery.load import finished_model
 from efficientllm.delivery.proof import held_out_ids
 from efficientllm.errors import ConfigError
+from efficientllm.models.load import finished_model
 
 
 def export(
@@ -32,7 +32,7 @@ def export(
     ids = held_out_ids(Path(run).expanduser())
     try:
         if to == "gguf":
-            from efficientllm.delivery.gguf_export import export_gguf
+            from efficientllm.delivery.gguf.convert import export_gguf
 
             export_gguf(model, str(type), target, ids=ids, overwrite=overwrite, trust_remote_code=trust_remote_code)
         elif to == "onnx":

@@ -1,6 +1,6 @@
 """Text from a model, streamed to the terminal."""
 
-from efficientllm.delivery.load import load_config, load_model, load_tokenizer
+from efficientllm.models.load import load_config, load_model, load_tokenizer
 
 
 def generate_text(

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from efficientllm.delivery.load import finished_model
 from efficientllm.errors import ConfigError
+from efficientllm.models.load import finished_model
 
 
 def push(run: str, repo: str, *, private: bool) -> int:

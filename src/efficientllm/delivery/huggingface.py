@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efficientllm.delivery.load import build_model, find_model, load_config, load_model, load_tokenizer
 from efficientllm.errors import ConfigError, EfficientLLMError
-from efficientllm.pruning.per_layer import make_uniform_
-from efficientllm.pruning.relabel import llama_config
+from efficientllm.models.heterogeneous import make_uniform_
+from efficientllm.models.llama_mistral import llama_config
+from efficientllm.models.load import build_model, find_model, load_config, load_model, load_tokenizer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,7 @@ def save_model(
     """Writes a compacted model with tokenizer, generation config and model card, whole or not at all; then proves it.
 
     The folder's model is a stock one: Llama where the shape is legal for it, else Mistral, which is the same function.
-    One whose layers have widths of their own goes with the code that builds it (pruning/modeling_per_layer.py).
+    One whose layers have widths of their own goes with the code that builds it (models/modeling_per_layer.py).
     An older folder of that name is replaced. An empty card is none; no file of weights is larger than `shard_size`.
 
     Raises:
@@ -71,7 +71,7 @@ def export_folder(
     Raises:
         EfficientLLMError: it cannot be loaded, the output is there, or what was written is not the model.
     """
-    from efficientllm.delivery.output import check_out, check_space
+    from efficientllm.files import check_out, check_space
 
     size = shard_size or "50GB"
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", size):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.delivery.onnx_runtime import Session, generate
-from efficientllm.delivery.output import check_out, check_space, put, staging
 from efficientllm.delivery.proof import compare, held_out_rows, held_out_text
 from efficientllm.errors import ConfigError, EfficientLLMError, UnsupportedModelError
+from efficientllm.files import check_out, check_space, put, staging
+from efficientllm.models.load import empty_model, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

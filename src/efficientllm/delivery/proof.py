@@ -55,7 +55,7 @@ class Comparison:
 
 def held_out_ids(run: Path) -> list[int]:
     """Returns tokens that a run has held out of its training, if it keeps its data itself; else none."""
-    for pattern in ("*/valid-*.npy", "valid/all-*.npy"):  # as training/corpus.py lays them down
+    for pattern in ("*/valid-*.npy", "valid/all-*.npy"):  # as data/corpus.py lays them down
         for file in sorted((run / "data").glob(pattern)):
             ids = np.load(file, mmap_mode="r", allow_pickle=False)[: ROWS * ROW_TOKENS]
             if len(ids) == ROWS * ROW_TOKENS:

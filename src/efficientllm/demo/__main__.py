@@ -6,9 +6,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from efficientllm.demo.corpus import write_corpus
+from efficientllm.config.run_config import RunConfig
+from efficientllm.demo.docstrings import write_corpus
 from efficientllm.errors import EfficientLLMError
-from efficientllm.training.config import RunConfig
 
 PROMPT = "Return a new"
 TOKENS, PRUNE_TOKENS = 600 * 1024, 256 * 1024
@@ -30,10 +30,10 @@ def main() -> int:
 
 def demo(source: Path, out: Path) -> int:
     """Prunes the model in `source` to half its parameters and shows both."""
-    from efficientllm.delivery.load import load_model, load_tokenizer
+    from efficientllm.models.load import load_model, load_tokenizer
     from efficientllm.report.page import report_finished
-    from efficientllm.training.logs import read_rows
-    from efficientllm.training.run import prune
+    from efficientllm.run.logs import read_rows
+    from efficientllm.run.prune import prune
 
     params = sum(param.numel() for param in load_model(str(source)).parameters())
     with TemporaryDirectory() as folder:

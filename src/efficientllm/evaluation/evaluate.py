@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from efficientllm.delivery.load import load_model, load_tokenizer
+from efficientllm.data.documents import Source, read_documents
+from efficientllm.distributed.device import find_device, is_out_of_memory
 from efficientllm.errors import ConfigError
 from efficientllm.evaluation.perplexity import TextScore, score_text
 from efficientllm.evaluation.tasks import SEVEN, TASKS
-from efficientllm.training.device import find_device, is_out_of_memory
-from efficientllm.training.text import Source, read_documents
+from efficientllm.models.load import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from efficientllm.evaluation.harness import Loaded, Score

@@ -16,9 +16,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from efficientllm.distributed.device import is_out_of_memory
 from efficientllm.errors import ConfigError, DataError
 from efficientllm.evaluation.tasks import Task, local_rows
-from efficientllm.training.device import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from efficientllm.training.encoding import backend_copy, encode, separator_ids
+from efficientllm.data.tokenizing import backend_copy, encode, separator_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

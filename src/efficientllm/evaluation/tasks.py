@@ -13,9 +13,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from efficientllm.config.run_config import nearest
+from efficientllm.data.compressed import lines, reading
 from efficientllm.errors import ConfigError, DataError
-from efficientllm.training.config import nearest
-from efficientllm.training.lines import lines, reading
 
 Row = Mapping[str, Any]
 LETTERS = "ABCDEFGHIJ"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from efficientllm.errors import TrainingError
 from efficientllm.pruning.compensation import damped_, gram, solve, solve_by_rows, update
-from efficientllm.pruning.layout import Layout
+from efficientllm.pruning.placement import Layout
 from efficientllm.pruning.removal import entries, moved
 from efficientllm.space.dims import Space
 

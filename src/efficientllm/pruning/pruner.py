@@ -9,26 +9,24 @@ follow right after it (method.md section 7).
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from efficientllm.errors import UnsupportedModelError
+from efficientllm.models.llama_mistral import relabel_llama_
 from efficientllm.pruning.activations import InputSampler, compensate_
-from efficientllm.pruning.layerwise import damped_moments, layerwise_scores
-from efficientllm.pruning.layout import Layout
-from efficientllm.pruning.ledger import Ledger
 from efficientllm.pruning.norms import LiveNorms
-from efficientllm.pruning.planning import Plan, Planner, check_landing, complete_tiles
-from efficientllm.pruning.relabel import relabel_llama_
+from efficientllm.pruning.placement import Layout
+from efficientllm.pruning.planner import Plan, Planner, check_landing, complete_tiles
 from efficientllm.pruning.removal import check_state, count_live_, retire_
-from efficientllm.pruning.saliency import Saliency, Scored, Scores
+from efficientllm.pruning.saliency import Retired, Saliency, Scored, Scores
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
-from efficientllm.pruning.scoring import Gradient, Scorer
+from efficientllm.pruning.scoring import Scorer
 from efficientllm.pruning.selection import Order, Removal
+from efficientllm.pruning.tracker import Ledger
 from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
@@ -117,7 +115,7 @@ class Pruner:
             optimizer.register_step_post_hook(self._after_step),
         ]
         relabel_llama_(model)
-        self._sampler = InputSampler(model, space) if compensate else None
+        self.sampler = InputSampler(model, space) if compensate else None
         self._compact_before_saving()
         while self.targets and self._planner.is_landed(self.shape):
             self.targets.pop(0)  # a target equal to the source is plain training
@@ -138,6 +136,11 @@ class Pruner:
     def num_params(self) -> int:
         """Live parameters, tied ones counted once."""
         return self.space.num_params(self.shape)
+
+    @property
+    def retired(self) -> Retired:
+        """Units that are zero but not yet compacted, by dim name."""
+        return self._ledger.retired
 
     def source_units(self, name: str) -> list[int | None]:
         """Returns the source's index of every physical unit of a dim, None for one that is retired."""
@@ -162,26 +165,6 @@ class Pruner:
         if not self.done:
             self.scorer.score(self.model, self.is_due(self.step + 1))
 
-    def unit_scores(self, gradient: Gradient | None = None) -> Scores | None:
-        """Returns the saliency of every unit by the present gradients, on the CPU; None if they are broken.
-
-        Args:
-            gradient: what stands for a parameter's gradient; the parameter itself makes scores of |w·w|, magnitudes.
-        """
-        return self.scorer.now(self.model, gradient)
-
-    def layerwise_scores(self, moments: Callable[[str], Tensor] | None = None) -> Scores:
-        """Returns every unit's share of its consumers' outputs, from `moments` of their inputs, by first reader.
-
-        Without moments: after the update of variant B, from the inputs that it keeps since the last removal.
-        """
-        sampler = self._sampler
-        if moments is None:
-            assert sampler is not None
-            sampler.collect()
-            moments = partial(damped_moments, sampler, layout=self.layout)
-        return layerwise_scores(self.model, self.space, self._ledger.retired, self.layout, moments)
-
     def remove(self, scores: Scores, step: int, order: Order | None = None) -> None:
         """Removes, between the optimizer's steps, what the pace would have gone by its step `step`.
 
@@ -196,8 +179,8 @@ class Pruner:
 
     def forget_inputs(self) -> None:
         """Drops the layer inputs kept since the last step: the pass that they come from is done again."""
-        if self._sampler:
-            self._sampler.clear()
+        if self.sampler:
+            self.sampler.clear()
 
     def compact(self) -> None:
         """Compacts whatever waits, so that every shape is the stock one of this size."""
@@ -208,8 +191,8 @@ class Pruner:
         self.compact()
         for hook in self._hooks:
             hook.remove()
-        if self._sampler:
-            self._sampler.close()
+        if self.sampler:
+            self.sampler.close()
         self._norms.clear()
         save_as_before(self.model)
 
@@ -243,8 +226,8 @@ class Pruner:
         if not self.removals:
             check_state(self.optimizer)  # what it keeps does not change
         self.layout.check_same(plan.removals)
-        if self._sampler:
-            compensate_(self.model, self.space, plan.units, self._sampler, self.layout)
+        if self.sampler:
+            compensate_(self.model, self.space, plan.units, self.sampler, self.layout)
         retire_(self.model, self.optimizer, self.space, plan.units, self.layout.local, self.layout.first_row)
         self._ledger.retire(plan.units)
         self.removals += plan.removals
@@ -277,9 +260,9 @@ class Pruner:
         save_as_before(self.model)
         self.model = model
         self._norms = LiveNorms(self.layout.compiles)
-        if self._sampler:
-            self._sampler.close()
-            self._sampler = InputSampler(model, find_space(model, self.per_layer))
+        if self.sampler:
+            self.sampler.close()
+            self.sampler = InputSampler(model, find_space(model, self.per_layer))
         self._compact_before_saving()
 
     def _compact_before_saving(self) -> None:
@@ -298,8 +281,8 @@ class Pruner:
     def _rest_if_done(self) -> None:
         if self.done:
             self._norms.clear()
-            if self._sampler:
-                self._sampler.close()
+            if self.sampler:
+                self.sampler.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""

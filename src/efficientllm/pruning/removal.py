@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from efficientllm.errors import UnsupportedModelError
+from efficientllm.models.heterogeneous import follow_config_, resize_modules_, set_widths_
 from efficientllm.pruning.norms import LiveNorms
-from efficientllm.pruning.per_layer import follow_config_, resize_modules_, set_widths_
 from efficientllm.pruning.saliency import Retired, live_lengths
 from efficientllm.space.dims import Dim, Shape, Space
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from efficientllm.pruning.layout import Layout
-from efficientllm.pruning.ledger import Ledger
+from efficientllm.pruning.placement import Layout
 from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, score_units, smooth, sum_units
+from efficientllm.pruning.tracker import Ledger
 
 MOST_WAITING = 16  # steps whose sums stay on the device before they join the average
 

@@ -4,15 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from efficientllm.numbers import format_count
-from efficientllm.report.anatomy import (
-    Architecture,
-    HeatMap,
-    UnitMap,
-    architecture,
-    heat_map,
-    taken,
-    unit_maps,
-)
 from efficientllm.report.charts import (
     Line,
     Panel,
@@ -28,7 +19,16 @@ from efficientllm.report.charts import (
     thinned,
 )
 from efficientllm.report.history import History
-from efficientllm.report.series import (
+from efficientllm.report.layer_plots import (
+    Architecture,
+    HeatMap,
+    UnitMap,
+    architecture,
+    heat_map,
+    taken,
+    unit_maps,
+)
+from efficientllm.report.timeseries import (
     SIZES,
     elapsed,
     end_of_pruning,

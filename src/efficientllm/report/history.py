@@ -6,16 +6,16 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from efficientllm.config.methods import METHODS
+from efficientllm.config.run_config import SOURCE, RunConfig, load_yaml, to_dict
 from efficientllm.errors import ConfigError, EfficientLLMError
-from efficientllm.pruning.per_layer import set_widths_
+from efficientllm.models.heterogeneous import set_widths_
 from efficientllm.pruning.trajectory import physical
+from efficientllm.run.logs import read_rows
+from efficientllm.run.source import floors
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.dims import Shape
-from efficientllm.training.budget import rounding
-from efficientllm.training.config import SOURCE, RunConfig, load_yaml, to_dict
-from efficientllm.training.logs import read_rows
-from efficientllm.training.methods import METHODS
-from efficientllm.training.source import floors
+from efficientllm.training.size_target import rounding
 from efficientllm.training.teacher import pass_flops, teacher_name
 
 
@@ -163,7 +163,7 @@ def _flops(run: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> t
 
 
 def _kept_space(model: str, config: RunConfig) -> Space | None:
-    from efficientllm.delivery.load import empty_model, load_config
+    from efficientllm.models.load import empty_model, load_config
 
     try:
         found = load_config(model, config.trust_remote_code)
@@ -177,7 +177,7 @@ def _first_space(run: Path, config: RunConfig, first: Mapping[str, Any]) -> tupl
 
     The source itself may be on another machine: the run's own models differ from it by their sizes alone.
     """
-    from efficientllm.delivery.load import empty_model, load_config
+    from efficientllm.models.load import empty_model, load_config
 
     kept = [run / "model", *sorted(run.glob("checkpoints/step-*")), *sorted(run.glob("models/*"))]
     for model in [*(str(each) for each in kept if (each / "config.json").is_file()), config.model]:

@@ -8,16 +8,16 @@ from string import ascii_uppercase
 from typing import Any
 
 from efficientllm import __version__
+from efficientllm.config.command_line import command_line
+from efficientllm.config.run_config import from_dict
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import format_count
 from efficientllm.report.charts import scientific
 from efficientllm.report.figures import figures_of
 from efficientllm.report.history import History, read_run
+from efficientllm.report.multi_run import shared_figures
 from efficientllm.report.samples import MOST_PARAMS, Texts, make_texts, stored_texts
-from efficientllm.report.series import end_of_pruning, sizes_of
-from efficientllm.report.shared import shared_figures
-from efficientllm.training.config import from_dict
-from efficientllm.training.words import command_line
+from efficientllm.report.timeseries import end_of_pruning, sizes_of
 
 PAGE = "report.html"
 MOST_RUNS = len(ascii_uppercase)  # each is called by a letter

@@ -88,7 +88,7 @@ def _write(run: History, trust_remote_code: bool) -> list[dict[str, str]]:
     """Raises EfficientLLMError: no held-out text, or a model that cannot be loaded."""
     import torch
 
-    from efficientllm.delivery.load import load_model, load_tokenizer
+    from efficientllm.models.load import load_model, load_tokenizer
 
     result, source = str(run.folder / "model"), str(run.config["model"])
     tokenizer = load_tokenizer(result, trust_remote_code)
@@ -145,7 +145,7 @@ def _held_out(run: History) -> list[int]:
     Raises:
         DataError: if no token shards of it are left, or nothing is held out.
     """
-    from efficientllm.training.tokens import is_prepared, open_tokens
+    from efficientllm.data.token_folder import is_prepared, open_tokens
 
     own = [Path(str(run.config["valid"])).expanduser()] if run.config["valid"] else []
     for path, split in (

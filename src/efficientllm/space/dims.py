@@ -61,6 +61,11 @@ def shape_text(shape: Shape) -> str:
     return ", ".join(f"{kind} {size_text(alike(list(of_kind(shape, kind).values())))}" for kind in KINDS)
 
 
+def widths_text(shape: Shape) -> str:
+    """Returns a shape in the config's words: "hidden_size 96, intermediate_size 40, …"."""
+    return ", ".join(f"{key} {value}" for key, value in widths(shape).items())
+
+
 @dataclass(frozen=True)
 class Slot:
     """Unit `u` of the slot's dim owns entries [start + u·block, start + (u+1)·block) of `axis` of `param`.

@@ -1,0 +1,1 @@
+"""What happens to a batch: loss, teacher, optimizer step, metrics."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Removal
 from efficientllm.space.dims import Shape
-from efficientllm.training.watching import Watch
+from efficientllm.training.failure_signs import Watch
 
 MOST_SKIPPED = 5  # steps in a row without a finite loss
 

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from math import ceil
 
+from efficientllm.config.methods import METHODS
+from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import format_count
 from efficientllm.pruning.schedule import LinearPace, Pace, SlotPace
 from efficientllm.pruning.trajectory import pruning_steps
 from efficientllm.space.dims import Space
 from efficientllm.space.limits import Limits
-from efficientllm.training.budget import Budget, params_budget
-from efficientllm.training.config import RunConfig
-from efficientllm.training.methods import METHODS
+from efficientllm.training.size_target import Budget, params_budget
 
 LEARNING_RATES = ((1_000_000, 3e-3), (50_000_000, 1e-3), (500_000_000, 5e-4))  # below so many parameters
 LARGE_LEARNING_RATE = 3e-4

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from efficientllm.delivery.load import empty_model, load_config, load_model, load_tokenizer
+from efficientllm.config.run_config import SOURCE, RunConfig
+from efficientllm.data.tokenizing import backend_copy, tokenizer_fingerprint
+from efficientllm.distributed.engine import Engine
 from efficientllm.errors import ConfigError
+from efficientllm.models.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.space import Space, find_space
-from efficientllm.training.config import SOURCE, RunConfig
 from efficientllm.training.distillation import Kept, Lesson, distilled_slopes_
-from efficientllm.training.encoding import backend_copy, tokenizer_fingerprint
 from efficientllm.training.loss import logit_form, whole_rows
-from efficientllm.training.process import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_wsd_schedule
 
+from efficientllm.config.methods import METHODS
+from efficientllm.config.run_config import RunConfig
+from efficientllm.distributed.checkpoint import Checkpoint
+from efficientllm.distributed.device import is_out_of_memory
+from efficientllm.distributed.engine import Engine
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
 from efficientllm.space.dims import widths
-from efficientllm.training.budget import Budget
-from efficientllm.training.checkpoint import Checkpoint
-from efficientllm.training.config import RunConfig
-from efficientllm.training.device import is_out_of_memory
+from efficientllm.training.failure_signs import Watch
 from efficientllm.training.fisher import Fisher
 from efficientllm.training.loss import chunked_loss_, token_slopes_
-from efficientllm.training.memory import divisors
-from efficientllm.training.methods import METHODS
+from efficientllm.training.memory_estimate import divisors
 from efficientllm.training.metrics import Metrics
-from efficientllm.training.process import Engine
 from efficientllm.training.recipe import FINAL_LR, Recipe
 from efficientllm.training.recompute import checkpoint_
+from efficientllm.training.size_target import Budget
 from efficientllm.training.teacher import PARTS, Teacher
-from efficientllm.training.watching import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

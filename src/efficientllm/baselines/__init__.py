@@ -1,0 +1,1 @@
+"""The other ways to make a model small, to compare with."""

@@ -1,0 +1,1 @@
+"""Ranks and devices: the only room that imports torch.distributed."""

@@ -1,0 +1,1 @@
+"""Estimates before a run: shapes, FLOPs, memory, hours."""
