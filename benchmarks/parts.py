@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from efficientllm.pruning.compensation import damped_, gram, solve
-from efficientllm.training.loss import next_token_loss
+from efficientllm.training.cross_entropy import next_token_loss
 
 ROUNDS, STREAMS = 5, 8
 GPU = torch.cuda.is_available()

@@ -166,12 +166,12 @@ def sent_worker() -> dict[str, list[float]]:
         step()
         wires = []
         for _ in range(times):
-            engine.wait()
+            engine.barrier()
             time.sleep(0.2)
             carried = loopback()
             with Sent() as mode:
                 step()
-            engine.wait()
+            engine.barrier()
             time.sleep(0.2)
             wires.append(loopback() - carried)
         found[name] = [mode.bytes, min(wires)]  # others use the interface too
@@ -248,7 +248,7 @@ def compaction_worker(name: str, kind: str) -> dict[str, float]:
     def measured(*args: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         found["before"] = peak_bytes()
-        engine.wait()
+        engine.barrier()
         start = now()
         result = compact(*args)
         found["seconds"] = now() - start
@@ -259,7 +259,7 @@ def compaction_worker(name: str, kind: str) -> dict[str, float]:
     for _ in range(3):
         train_step(trainer)
     assert trainer.pruner.done
-    found["peak"], found["before"] = engine.largest(int(found["peak"]), int(found["before"]))
+    found["peak"], found["before"] = engine.all_reduce_max(int(found["peak"]), int(found["before"]))
     if name:
         engine.close()
     return found

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from efficientllm.baselines.depth import block_influences, drop_layers_, least_influential, remove_layers_
 from efficientllm.baselines.obs import diagonal_blocks, removal_errors
-from efficientllm.baselines.one_shot import random_scores, remove_at_once, unit_scores
+from efficientllm.baselines.one_shot import random_scores, remove_one_shot, unit_scores
 from efficientllm.baselines.shapes import num_layers_left, start_config, with_layers
 from efficientllm.cli import main
 from efficientllm.config.checks import validate
@@ -106,7 +106,7 @@ def test_the_shape_of_another_run_is_met_exactly() -> None:
     goal = {"hidden": 17, "ffn": 31, "kv": 1, "query": 2}
     trainer = make_trainer("magnitude", space.num_params(goal) / space.num_params(space.shape) + 1e-9)
     assert trainer.pruner.target_params == space.num_params(goal)
-    remove_at_once(trainer, Budget(space.num_params, space.num_params(goal), goal=goal), silent)
+    remove_one_shot(trainer, Budget(space.num_params, space.num_params(goal), goal=goal), silent)
     assert trainer.pruner.shape == goal and trainer.pruner.done
     assert toward(goal)(goal) == []
 
@@ -229,7 +229,7 @@ def test_rounds_of_obs_end_nearer_to_the_source_than_plain_removal() -> None:
     for method in ("one-shot-obs", "random"):
         trainer = make_trainer(method, 0.9, calibration_tokens=16 * ROWS * LENGTH)
         source = make_model("llama")
-        remove_at_once(trainer, budget_of(trainer), silent)
+        remove_one_shot(trainer, budget_of(trainer), silent)
         tokens = torch.cat(batches(8))
         with torch.no_grad():
             ours = trainer.model(input_ids=tokens, use_cache=False).logits
@@ -245,7 +245,7 @@ def test_rounds_of_obs_end_nearer_to_the_source_than_plain_removal() -> None:
 def test_everything_goes_before_the_first_step(method: str, allocation: str) -> None:
     trainer = make_trainer(method, allocation=allocation, calibration_tokens=32 * ROWS * LENGTH)
     seen: list[tuple[int, int]] = []
-    remove_at_once(trainer, budget_of(trainer), lambda done, total: seen.append((done, total)))
+    remove_one_shot(trainer, budget_of(trainer), lambda done, total: seen.append((done, total)))
     pruner = trainer.pruner
     tile = pruner.space.num_params({**pruner.shape, "ffn": 2}) - pruner.space.num_params({**pruner.shape, "ffn": 1})
     assert 0 <= pruner.target_params - numel(trainer.model) < tile and pruner.done

@@ -15,7 +15,7 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from efficientllm.data import shards as shards_module
-from efficientllm.data.documents import Source, parse_source, read_documents
+from efficientllm.data.documents import DataSource, parse_source, read_documents
 from efficientllm.data.loader import batches, epochs, mixture, require_batch
 from efficientllm.data.token_folder import is_prepared, open_tokens, prepare, tokenizer_fingerprint
 from efficientllm.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def jsonl(*texts: str) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def write_texts(path: Path, texts: list[str]) -> Source:
+def write_texts(path: Path, texts: list[str]) -> DataSource:
     path.write_bytes(jsonl(*texts))
     return parse_source(str(path))
 
@@ -170,11 +170,11 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
 
 
 def test_sources(tmp_path: Path) -> None:
-    assert parse_source("org/name:config=0.3") == Source("org/name:config=0.3", "org/name:config", 0.3)
+    assert parse_source("org/name:config=0.3") == DataSource("org/name:config=0.3", "org/name:config", 0.3)
     assert parse_source("org/name").weight == 1
     odd = tmp_path / "a=2.txt"
     odd.write_text("hello")
-    assert parse_source(str(odd)) == Source(str(odd), str(odd), 1.0)  # an existing path wins
+    assert parse_source(str(odd)) == DataSource(str(odd), str(odd), 1.0)  # an existing path wins
     assert parse_source(f"{odd}=3").weight == 3
     for weight in ("0", "-1", "inf", "nan", "x", ""):
         with pytest.raises(ConfigError, match="finite number above 0"):
@@ -196,7 +196,7 @@ def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test.jsonl").write_bytes(jsonl("c"))
 
     def texts(location: str) -> list[str | None]:
-        return list(_hub_documents(Source(location, location), lambda row, where: f"{where}: {row['text']}"))
+        return list(_hub_documents(DataSource(location, location), lambda row, where: f"{where}: {row['text']}"))
 
     here = str(tmp_path)  # the same loader takes a data set's folder
     assert texts(here) == [f"data {here}, row 1: a", f"data {here}, row 2: b"]

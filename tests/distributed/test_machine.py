@@ -22,7 +22,8 @@ from efficientllm.models.load import empty_model, load_model
 from efficientllm.pruning import LinearPace, Pruner
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.loss import chunked_loss_, token_slopes_
+from efficientllm.training.cross_entropy import cross_entropy_and_grad_
+from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.recompute import checkpoint_
 from efficientllm.training.trainer import Trainer
@@ -107,7 +108,7 @@ def pruned(
     model = make_model(name, dtype=torch.float32)
     space = find_space(model)
     checkpoint_(model, how)
-    chunked_loss_(model, engine.compiled(token_slopes_))
+    chunked_loss_(model, engine.compiled(cross_entropy_and_grad_))
     model = engine.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     pruner = Pruner(
@@ -118,7 +119,7 @@ def pruned(
         limits=find_limits(space, model.config, min_ffn=16, min_hidden=12),
         compensate=compensate,
         compaction_tile=8,
-        layout=engine,
+        placement=engine,
     )
     losses, shapes = [], []
     for step in range(steps):

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from efficientllm.pruning.selection import Queue, choose_kind, ffn_tile_size, is_landed
+from efficientllm.pruning.landing import ffn_tile_size, is_landed
+from efficientllm.pruning.selection import Queue, choose_kind
 from efficientllm.space import Limits, Polynomial, Space, find_space
 from efficientllm.space.dims import Shape
 from helpers.families import meta_model

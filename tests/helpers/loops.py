@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from efficientllm import Pruner
 from efficientllm.pruning import LinearPace
-from efficientllm.pruning.selection import ffn_tile_size
+from efficientllm.pruning.landing import ffn_tile_size
 from efficientllm.space import find_limits, find_space
 from helpers.families import VOCAB, loss_of, meta_model, numel
 

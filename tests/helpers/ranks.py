@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from efficientllm.baselines.one_shot import remove_at_once
+from efficientllm.baselines.one_shot import remove_one_shot
 from efficientllm.config.run_config import RunConfig
 from efficientllm.distributed.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.distributed.engine import Engine
@@ -32,7 +32,7 @@ from helpers.families import VOCAB, make_model
 
 ROWS, LENGTH, STEPS, PRUNE, BREAK = 8, 12, 60, 45, 25
 CPU = torch.device("cpu")
-AT_ONCE = ("one-shot", "one-shot-obs", "activation", "magnitude")
+ONE_SHOT = ("one-shot", "one-shot-obs", "activation", "magnitude")
 
 
 def make_trainer(
@@ -79,10 +79,10 @@ def save(trainer: Trainer, folder: Path) -> Checkpoint:
     """Writes a checkpoint as a run does; all ranks of the trainer's engine come here."""
     engine = trainer.engine
     checkpoints = Checkpoints(folder, 0) if engine.num_ranks > 1 else alone(lambda: Checkpoints(folder, 0))
-    checkpoints.save(engine.share(trainer.tensors()), *trainer.state(), trainer.model.config)
+    checkpoints.save(engine.checkpoint_shard(trainer.tensors()), *trainer.state(), trainer.model.config)
     train(trainer, trainer.step + 1)  # goes on while it is written; what is saved must not move with it
     checkpoints.finish()
-    engine.wait()
+    engine.barrier()
     found = last_checkpoint(folder)
     assert found is not None
     return found
@@ -118,14 +118,14 @@ def whole(engine: Engine, name: str, compensate: bool, **more: Any) -> dict[str,
     return result(trainer, losses, trainer.pruner.removals)
 
 
-def at_once(engine: Engine, name: str, method: str) -> dict[str, Any]:
+def one_shot(engine: Engine, name: str, method: str) -> dict[str, Any]:
     """A run that loses everything before its first step, by scores over eight batches, and trains for a few."""
     allocation = "uniform" if method == "one-shot-obs" else "global"
     trainer = make_trainer(
         engine, name, False, method=method, allocation=allocation, calibration_tokens=8 * ROWS * LENGTH
     )
     budget = Budget(trainer.pruner.measure, trainer.pruner.target_params)
-    remove_at_once(trainer, budget, lambda done, batches: None)
+    remove_one_shot(trainer, budget, lambda done, batches: None)
     losses = train(trainer, 6)
     return result(trainer, losses, trainer.pruner.removals)
 
@@ -145,14 +145,14 @@ def moved(before: Engine, after: Engine, name: str, folder: Path, **more: Any) -
 def main(out: Path, engines: list[str], names: list[str]) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    meeting = DDP(CPU)  # the ranks meet
-    folder = Path(meeting_place(meeting))
+    ranks = DDP(CPU)  # the ranks meet
+    folder = Path(shared_folder(ranks))
     for name in names:
         for compensate in (False, True):
             expected = whole(Engine(CPU), name, compensate)
             for kind in engines:
                 found = whole(make_engine(kind), name, compensate)
-                if meeting.is_main:
+                if ranks.is_main:
                     results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(expected, found)
                     out.write_text(json.dumps(results, indent=1))
             if name != names[0] or compensate:
@@ -169,11 +169,11 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 results[f"{kind} {name} per-layer B"] = compare(alone_per_layer[True], found)
                 found = moved(make_engine(kind), make_engine(kind), name, folder / f"layers-{kind}", **per_layer)
                 results[f"{kind} {name} per-layer A, resumed"] = compare(alone_per_layer[False], found)
-            for method in AT_ONCE:
-                expected_at_once = at_once(Engine(CPU), name, method)
+            for method in ONE_SHOT:
+                expected_at_once = one_shot(Engine(CPU), name, method)
                 for kind in engines:
                     results[f"{kind} {name} {method}"] = compare(
-                        expected_at_once, at_once(make_engine(kind), name, method)
+                        expected_at_once, one_shot(make_engine(kind), name, method)
                     )
             taught = {"distill": "source", "distill_temperature": 2.0, "distill_hidden": 0.3}
             expected_taught = whole(Engine(CPU), name, False, **taught)
@@ -183,21 +183,21 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 )
             for kind in engines:
                 # one process is every rank by itself, each with a folder of its own
-                own = folder / f"{kind}-{name}-{meeting.rank}"
+                own = folder / f"{kind}-{name}-{ranks.rank}"
                 results[f"{kind} to one {name}"] = compare(
                     expected, moved(make_engine(kind), Engine(CPU), name, folder / f"{kind}-{name}")
                 )
                 results[f"one to {kind} {name}"] = compare(expected, moved(Engine(CPU), make_engine(kind), name, own))
-    results["disagreement"] = {"error": disagreement(meeting)}
+    results["disagreement"] = {"error": disagreement(ranks)}
     results["bf16"] = half_precision()
     results["bf16 taught"] = half_precision(distill="source", distill_hidden=0.3)
     results["room"] = {kind: settled_room(kind) for kind in (*engines, "one")}
-    if meeting.is_main:
+    if ranks.is_main:
         out.write_text(json.dumps(results, indent=1))
-    meeting.close()
+    ranks.close()
 
 
-def meeting_place(engine: Engine) -> str:
+def shared_folder(engine: Engine) -> str:
     """Returns a folder that all ranks know."""
     names = [tempfile.mkdtemp()] if engine.is_main else [None]
     dist.broadcast_object_list(names, 0)
@@ -250,7 +250,7 @@ def room(engine: Engine) -> dict[str, int]:
         tokens = torch.randint(0, VOCAB, (2, LENGTH))
         engine.forward(model)(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         optimizer.step()
-        engine.wait()
+        engine.barrier()
         let_go(engine)
         with record_function("compaction"):
             model = engine.compact(model, optimizer, space, {"hidden": list(range(16))})

@@ -18,8 +18,9 @@ from efficientllm.delivery.huggingface import stock_model
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.models.heterogeneous import PREFIX
 from efficientllm.pruning import LinearPace, SlotPace
+from efficientllm.pruning.landing import can_land, ffn_tile_size
 from efficientllm.pruning.removal import compact_, resize_config, retire_
-from efficientllm.pruning.selection import can_land, ffn_tile_size, o_columns
+from efficientllm.pruning.selection import o_columns
 from efficientllm.pruning.trajectory import proportional, simulate
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.dims import of_kind, widths

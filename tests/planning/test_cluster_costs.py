@@ -23,11 +23,11 @@ from efficientllm.distributed.engine import Engine
 from efficientllm.distributed.parallel import FSDP
 from efficientllm.errors import ConfigError
 from efficientllm.planning.cluster_costs import make_setup, phase_seconds, step_cost, traffic
-from efficientllm.planning.gpus import CARDS, Card, Cluster, find_card, read_cluster
+from efficientllm.planning.gpus import GPUS, Cluster, GpuSpec, find_gpu, read_cluster
 from efficientllm.planning.run_plan import make_plan
 from efficientllm.planning.suggestions import GAIN, suggest
 from efficientllm.space import Limits, Space, find_limits, find_space
-from efficientllm.training.loss import CHUNK
+from efficientllm.training.cross_entropy import CHUNK
 from efficientllm.training.memory_estimate import CPU_TOKENS, default_engine, estimate, fsdp_groups
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import Teacher
@@ -76,8 +76,8 @@ def llama2(size: str) -> tuple[Space, Limits]:
     )
 
 
-def toy_card(**numbers: float) -> Card:
-    return replace(Card("toy", flops=1e12, float32_flops=1e11, memory=1e9, bandwidth=1e9), **numbers)
+def toy_gpu(**numbers: float) -> GpuSpec:
+    return replace(GpuSpec("toy", flops=1e12, float32_flops=1e11, memory=1e9, bandwidth=1e9), **numbers)
 
 
 # Time
@@ -90,7 +90,7 @@ def test_gpu_hours_are_those_of_published_runs(size: str) -> None:
         target_params=space.num_params(space.shape), tokens=2 * 10**12, seq_len=4096, batch_tokens=2**22, prune_tokens=1
     )
     plan = make_plan(config, space, limits, make_recipe(config, space, limits))
-    cluster = Cluster(512, CARDS["A100-80GB"])
+    cluster = Cluster(512, GPUS["A100-80GB"])
     setup = make_setup(config, cluster, space, space.shape)
     hours = 512 * phase_seconds(config, cluster, setup, space, plan.training) / 3600
     assert plan.pruning == []
@@ -102,10 +102,10 @@ def test_gpu_hours_are_those_of_published_runs(size: str) -> None:
 def test_a_gpus_pass_has_the_rows_that_its_memory_allows() -> None:
     space, _ = space_of()
     config = RunConfig(seq_len=64, batch_tokens=2**20, engine="ddp")
-    setup = make_setup(config, Cluster(1, toy_card()), space, space.shape)
+    setup = make_setup(config, Cluster(1, toy_gpu()), space, space.shape)
     assert setup.micro_batch_size * 64 > CPU_TOKENS and setup.fits
     twice = make_setup(
-        replace(config, micro_batch_size=2 * setup.micro_batch_size), Cluster(1, toy_card()), space, space.shape
+        replace(config, micro_batch_size=2 * setup.micro_batch_size), Cluster(1, toy_gpu()), space, space.shape
     )
     assert not twice.fits or 2 * setup.micro_batch_size > setup.rows
 
@@ -113,7 +113,7 @@ def test_a_gpus_pass_has_the_rows_that_its_memory_allows() -> None:
 def test_a_step_by_hand() -> None:
     space, _ = space_of()
     config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="ddp")
-    cluster = Cluster(4, toy_card(), mfu=0.5)
+    cluster = Cluster(4, toy_gpu(), mfu=0.5)
     setup = make_setup(config, cluster, space, space.shape)
     step = step_cost(config, cluster, setup, space, space.shape)
     flops = 1024 * (6 * PARAMS + 12 * 3 * 6 * 8 * 64 / 2)
@@ -129,15 +129,15 @@ def test_a_step_by_hand() -> None:
 def test_traffic_by_hand() -> None:
     space, _ = space_of()
     config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="fsdp")  # 16 rows
-    four = make_setup(config, Cluster(4, toy_card()), space, space.shape)  # two passes of two rows
+    four = make_setup(config, Cluster(4, toy_gpu()), space, space.shape)  # two passes of two rows
     weights = 2 * (ROOT + 2 * 3 * LAYER)  # bf16; layers are gathered again for the backward pass
     assert traffic(space, space.shape, four, 4) == {4: pytest.approx(3 / 4 * 2 * (weights + 4 * PARAMS))}
-    hybrid = make_setup(replace(config, shards=2), Cluster(4, toy_card()), space, space.shape)
+    hybrid = make_setup(replace(config, shards=2), Cluster(4, toy_gpu()), space, space.shape)
     assert traffic(space, space.shape, hybrid, 4) == {
         2: pytest.approx(1 / 2 * 2 * (weights + 4 * PARAMS)),
         4: pytest.approx(2 * 1 / 2 * 4 * PARAMS / 2),
     }
-    one = make_setup(config, Cluster(1, toy_card()), space, space.shape)
+    one = make_setup(config, Cluster(1, toy_gpu()), space, space.shape)
     assert (one.engine, traffic(space, space.shape, one, 1)) == ("one", {})
 
 
@@ -147,7 +147,7 @@ def test_a_teacher_s_passes_by_hand() -> None:
     config = RunConfig(
         seq_len=64, batch_tokens=1024, micro_batch_size=2, engine="fsdp", activation_checkpointing="full"
     )
-    cluster = Cluster(4, toy_card(), mfu=0.5)
+    cluster = Cluster(4, toy_gpu(), mfu=0.5)
     alone, taught = (make_setup(config, cluster, space, space.shape, teacher=each) for each in (None, space))
     steps = [step_cost(config, cluster, setup, space, space.shape) for setup in (alone, taught)]
     flops = 1024 * (2 * PARAMS + 4 * 3 * 6 * 8 * 64 / 2)
@@ -160,7 +160,7 @@ def test_bandwidth_counts_where_it_bounds_and_nowhere_else() -> None:
     config = RunConfig(seq_len=64, batch_tokens=1024, micro_batch_size=4, engine="ddp")
 
     def seconds(bandwidth: float) -> float:
-        cluster = Cluster(4, toy_card(bandwidth=bandwidth))
+        cluster = Cluster(4, toy_gpu(bandwidth=bandwidth))
         setup = make_setup(config, cluster, space, space.shape)
         return step_cost(config, cluster, setup, space, space.shape).seconds
 
@@ -169,10 +169,10 @@ def test_bandwidth_counts_where_it_bounds_and_nowhere_else() -> None:
 
 
 def test_machines_meet_over_the_network() -> None:
-    cluster = Cluster(16, toy_card(bandwidth=4e11), network=5e10)
+    cluster = Cluster(16, toy_gpu(bandwidth=4e11), network=5e10)
     assert [cluster.bandwidth(ring) for ring in (2, 8, 16)] == [4e11, 4e11, 5e10]
-    assert Cluster(16, toy_card(bandwidth=3e10), network=5e10).bandwidth(16) == 3e10
-    assert [Cluster(number, toy_card()).machine for number in (1, 6, 12, 64)] == [1, 6, 6, 8]
+    assert Cluster(16, toy_gpu(bandwidth=3e10), network=5e10).bandwidth(16) == 3e10
+    assert [Cluster(number, toy_gpu()).machine for number in (1, 6, 12, 64)] == [1, 6, 6, 8]
 
 
 # Memory
@@ -293,7 +293,7 @@ def test_a_teacher_s_memory_is_what_torch_holds(sharded: bool) -> None:
     way: dict[str, Any] = {"micro_batch_size": 1, "seq_len": 16, "activation_bytes": 2}
     way |= {"engine": engine.name, "shards": engine.shards}
     memory, plain = (estimate(space, space.shape, **way, teacher=each) for each in (teacher, None))
-    lesson = frozen.lesson(torch.randint(0, 1024, (1, 16)))
+    targets = frozen.targets(torch.randint(0, 1024, (1, 16)))
     held = sum(param.nbytes for param in frozen.model.parameters())
     if sharded:
         root, *layers = (
@@ -303,7 +303,7 @@ def test_a_teacher_s_memory_is_what_torch_holds(sharded: bool) -> None:
         held = sum(param.sharded_param.to_local().nbytes for group in (root, *layers) for param in group.fsdp_params)
         held += sum(param.unsharded_param.nbytes for param in root.fsdp_params)
         held += 2 * sum(param._orig_size.numel() * 2 for param in layers[0].fsdp_params)  # computed, and on its way
-    assert memory.teacher == pytest.approx(held + lesson.states.nbytes, rel=0.02)
+    assert memory.teacher == pytest.approx(held + targets.states.nbytes, rel=0.02)
     assert memory.peak == plain.peak + memory.teacher + memory.logits - plain.logits
     assert memory.logits - plain.logits == 16 * 1024 * 3 * 4
 
@@ -322,14 +322,14 @@ def test_logits_are_those_of_a_chunk() -> None:
     taught = estimate(space, space.shape, seq_len=2**20, teacher=space, **way).logits
     assert taught == CHUNK // 2 // 130 * 130 * 4 * 4 + 4 * 48 * (2**20 + 130)  # both models', two distributions
     bf16 = estimate(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
-    assert bf16 - short == 512 * 130 * 2  # products come in bf16, their slopes go in it
+    assert bf16 - short == 512 * 130 * 2  # products come in bf16, their gradient goes in it
 
 
 def test_the_engine_is_chosen_by_half_of_the_memory() -> None:
     assert default_engine(10**9, 32e9) == "ddp"
     assert default_engine(10**9 + 1, 32e9) == default_engine(10**9, 32e9, frozen=1) == "fsdp"
     space, _ = llama2("7B")
-    config, cluster = RunConfig(), Cluster(8, CARDS["H100"])
+    config, cluster = RunConfig(), Cluster(8, GPUS["H100"])
     chosen = [
         make_setup(replace(config, **given), cluster, space, space.shape).engine
         for given in ({}, {"engine": "ddp"}, {"engine": "fsdp"})
@@ -370,10 +370,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("size", "num_gpus", "card", "given"), CASES)
-def test_what_is_suggested_fits(size: str, num_gpus: int, card: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("size", "num_gpus", "gpu", "given"), CASES)
+def test_what_is_suggested_fits(size: str, num_gpus: int, gpu: str, given: dict[str, Any]) -> None:
     space, _ = llama2(size)
-    config, cluster = RunConfig(**given), Cluster(num_gpus, CARDS[card])
+    config, cluster = RunConfig(**given), Cluster(num_gpus, GPUS[gpu])
     asked = make_setup(config, cluster, space, space.shape)
     suggestions = suggest(config, cluster, space, space.shape)
     assert not asked.fits and suggestions
@@ -382,7 +382,7 @@ def test_what_is_suggested_fits(size: str, num_gpus: int, card: str, given: dict
         assert changed == (each.config, each.cluster)
         setup = make_setup(*changed, space, space.shape)
         assert setup.memory.peak == each.setup.memory.peak
-        assert setup.fits == each.setup.fits == (setup.memory.peak <= 0.8 * CARDS[card].memory)
+        assert setup.fits == each.setup.fits == (setup.memory.peak <= 0.8 * GPUS[gpu].memory)
         assert each.seconds == step_cost(*changed, setup, space, space.shape).seconds
         if each.setup.fits:
             assert suggest(*changed, space, space.shape) == []
@@ -400,7 +400,7 @@ def test_what_is_suggested_fits(size: str, num_gpus: int, card: str, given: dict
 def test_a_faster_way_than_the_mildest_is_found() -> None:
     """Sharing over all machines alone would fit too, with the network for a bottleneck."""
     space, _ = llama2("70B")
-    config, cluster = RunConfig(), Cluster(64, replace(CARDS["H100"], memory=140e9))
+    config, cluster = RunConfig(), Cluster(64, replace(GPUS["H100"], memory=140e9))
     first, *others = suggest(config, cluster, space, space.shape)
     mild = replace(config, shards=32)
     setup = make_setup(mild, cluster, space, space.shape)
@@ -413,7 +413,7 @@ def test_what_changes_the_numbers_of_a_run_comes_last() -> None:
     space, _ = llama2("7B")
     config = RunConfig(precision="float32", seq_len=4096)
     for memory, words in ((32e9, set()), (28e9, {"--precision"}), (24e9, {"--precision", "--seq-len"})):
-        cluster = Cluster(8, replace(CARDS["H100"], memory=memory))
+        cluster = Cluster(8, replace(GPUS["H100"], memory=memory))
         flags = " ".join(suggest(config, cluster, space, space.shape)[0].flags)
         assert {word for word in ("--precision", "--seq-len") if word in flags} == words
         assert "--activation-checkpointing full" in flags
@@ -421,15 +421,15 @@ def test_what_changes_the_numbers_of_a_run_comes_last() -> None:
 
 def test_old_cards_train_in_float32() -> None:
     space, _ = space_of()
-    setup = make_setup(RunConfig(), Cluster(1, CARDS["T4"]), space, space.shape)
+    setup = make_setup(RunConfig(), Cluster(1, GPUS["T4"]), space, space.shape)
     assert setup.precision == "float32"
-    assert step_cost(RunConfig(), Cluster(1, CARDS["T4"]), setup, space, space.shape).compute > 0
-    assert make_setup(RunConfig(precision="float32"), Cluster(1, CARDS["H100"]), space, space.shape).memory.casts == 0
+    assert step_cost(RunConfig(), Cluster(1, GPUS["T4"]), setup, space, space.shape).compute > 0
+    assert make_setup(RunConfig(precision="float32"), Cluster(1, GPUS["H100"]), space, space.shape).memory.casts == 0
 
 
 def test_what_fits_needs_no_suggestion() -> None:
     space, _ = llama2("7B")
-    assert suggest(RunConfig(), Cluster(8, CARDS["H200"]), space, space.shape) == []
+    assert suggest(RunConfig(), Cluster(8, GPUS["H200"]), space, space.shape) == []
 
 
 # Cards and flags
@@ -437,10 +437,10 @@ def test_what_fits_needs_no_suggestion() -> None:
 
 def test_cards_are_found_as_people_write_them() -> None:
     for name in ("h100", "H100", "NVIDIA H100", "h-100"):
-        assert find_card(name) is CARDS["H100"]
+        assert find_gpu(name) is GPUS["H100"]
     for name in ("4090", "GeForce RTX 4090"):
-        assert find_card(name) is CARDS["RTX-4090"]
-    assert find_card("a100 80gb") is CARDS["A100-80GB"]
+        assert find_gpu(name) is GPUS["RTX-4090"]
+    assert find_gpu("a100 80gb") is GPUS["A100-80GB"]
 
 
 def test_dense_figures() -> None:
@@ -453,22 +453,22 @@ def test_dense_figures() -> None:
         "L40S": (733, 64),
     }
     for name, (flops, bandwidth) in sheets.items():
-        card = CARDS[name]
-        assert 2 * card.flops == pytest.approx(flops * 1e12, rel=0.02)
-        assert 2 * card.bandwidth == bandwidth * 1e9
-        assert card.float32_flops < card.flops
+        gpu = GPUS[name]
+        assert 2 * gpu.flops == pytest.approx(flops * 1e12, rel=0.02)
+        assert 2 * gpu.bandwidth == bandwidth * 1e9
+        assert gpu.float32_flops < gpu.flops
 
 
 def test_flags_describe_another_card() -> None:
     assert read_cluster() is None
     cluster = read_cluster(gpus="4", flops="1300T", bandwidth="64G", gpu_memory="192G", mfu="0.3")
     assert cluster is not None
-    card = cluster.card
-    assert (card.flops, card.memory, card.bandwidth) == (1.3e15, 1.92e11, 6.4e10)
+    gpu = cluster.gpu
+    assert (gpu.flops, gpu.memory, gpu.bandwidth) == (1.3e15, 1.92e11, 6.4e10)
     assert (cluster.num_gpus, cluster.mfu, cluster.network) == (4, 0.3, 6.4e10)
     changed = read_cluster(gpu="H100", gpu_memory="94G")
     assert changed is not None and changed.num_gpus == 1
-    assert changed.card == replace(CARDS["H100"], memory=94e9)
+    assert changed.gpu == replace(GPUS["H100"], memory=94e9)
     assert read_cluster(flops="100T", gpu_memory="24G") is not None  # one GPU sends nothing
 
 
@@ -520,8 +520,8 @@ def test_plan_prints_hours_memory_and_what_to_change(
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     LlamaConfig(**(TINY | sizes), architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     run = [str(tmp_path), "--target-params", "20M", "--prune-tokens", "1B", "--tokens", "3B"]
-    card = ["--flops", "100T", "--bandwidth", "10G", "--gpu-memory", "800M"]
-    printed = section(capsys, *run, "--gpus", "2", *card)
+    gpu = ["--flops", "100T", "--bandwidth", "10G", "--gpu-memory", "800M"]
+    printed = section(capsys, *run, "--gpus", "2", *gpu)
     for word in ("pruning", "after it", "in all", "GPU-hours", "source", "end", "bound by", "fsdp bf16", "ddp float32"):
         assert word in printed
     assert "no change" not in printed and "does not fit; it would with" in printed
@@ -532,14 +532,14 @@ def test_plan_prints_hours_memory_and_what_to_change(
     assert ways
     for way in ways:
         with_gpus = way.split() if "--gpus" in way else ["--gpus", "2", *way.split()]
-        again = section(capsys, *run, *card, *with_gpus)
+        again = section(capsys, *run, *gpu, *with_gpus)
         assert "does not fit" not in again and "in bf16 fits" in again
 
 
 def test_the_rows_of_a_batch_are_shared(capsys: pytest.CaptureFixture[str]) -> None:
     space, _ = space_of()
     config = RunConfig(seq_len=64, batch_tokens=64 * 12, micro_batch_size=4)
-    setup = make_setup(config, Cluster(2, toy_card()), space, space.shape)
+    setup = make_setup(config, Cluster(2, toy_gpu()), space, space.shape)
     assert (setup.rows, setup.micro_batch_size) == (6, 2)  # as the trainer: the largest size that divides both
     with pytest.raises(ConfigError, match="5 ranks"):
-        make_setup(config, Cluster(5, toy_card()), space, space.shape)
+        make_setup(config, Cluster(5, toy_gpu()), space, space.shape)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from efficientllm import Pruner
 from efficientllm.errors import BudgetError, CheckpointError, UnsupportedModelError
 from efficientllm.pruning import LinearPace, SlotPace
-from efficientllm.pruning.selection import ffn_tile_size
+from efficientllm.pruning.landing import ffn_tile_size
 from efficientllm.space import find_space
 from helpers.families import EVERY, LAYERS, NAMES, loss_of, make_model, numel, stock
 from helpers.loops import adamw, assert_landed, assert_same_models, limits_of, loop, prune, rows, target_of, text
@@ -293,7 +293,7 @@ def test_a_target_equal_to_the_source_is_plain_training(name: str) -> None:
 
 def test_a_ladder_is_landed_on_rung_by_rung(tmp_path: Path) -> None:
     model = make_model("llama", dtype=torch.float32)
-    rungs = [target_of(model, share) for share in (0.8, 0.6, 0.3)]
+    saved_sizes = [target_of(model, share) for share in (0.8, 0.6, 0.3)]
     seen: list[tuple[int, int]] = []
 
     def on_landing(size: int) -> None:
@@ -302,15 +302,15 @@ def test_a_ladder_is_landed_on_rung_by_rung(tmp_path: Path) -> None:
         assert size - tile < numel(model) == pruner.num_params <= size
         seen.append((size, pruner.removals[-1].step))
 
-    pruner = prune(model, target=rungs[2], save_at=rungs[:2], on_landing=on_landing, compaction_tile=6)
-    assert pruner.targets == rungs
+    pruner = prune(model, target=saved_sizes[2], save_at=saved_sizes[:2], on_landing=on_landing, compaction_tile=6)
+    assert pruner.targets == saved_sizes
     loop(pruner, 24)
-    assert [size for size, _ in seen] == rungs and seen[0][1] < seen[1][1] < seen[2][1]
-    assert_landed(pruner, rungs[2])
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / str(rungs[1]), dtype=torch.float32)
-    later = prune(again, target=rungs[2])
+    assert [size for size, _ in seen] == saved_sizes and seen[0][1] < seen[1][1] < seen[2][1]
+    assert_landed(pruner, saved_sizes[2])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / str(saved_sizes[1]), dtype=torch.float32)
+    later = prune(again, target=saved_sizes[2])
     loop(later, 24)
-    assert_landed(later, rungs[2])
+    assert_landed(later, saved_sizes[2])
 
 
 def test_a_pace_that_has_run_out_removes_everything_at_once() -> None:
@@ -438,11 +438,17 @@ def test_a_pruner_that_is_gone_lets_its_model_be_saved(tmp_path: Path) -> None:
 def test_state_continues_bitwise(name: str, settings: dict[str, Any]) -> None:
     def make(model: Any, limits: Any) -> Pruner:
         return prune(
-            model, target=target, limits=limits, compaction_tile=6, pace=LinearPace(20, 2), save_at=[rung], **settings
+            model,
+            target=target,
+            limits=limits,
+            compaction_tile=6,
+            pace=LinearPace(20, 2),
+            save_at=[saved_size],
+            **settings,
         )
 
     model = make_model(name, dtype=torch.float32)
-    limits, target, rung = limits_of(model), target_of(model, 0.3), target_of(model, 0.9)
+    limits, target, saved_size = limits_of(model), target_of(model, 0.3), target_of(model, 0.9)
     whole = make(model, limits)
     loop(whole, 11)
     state = whole.state_dict()

@@ -6,19 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from efficientllm.pruning.landing import can_land, ffn_tile_size, is_landed, may_remove
 from efficientllm.pruning.schedule import LinearPace, SlotPace
-from efficientllm.pruning.selection import (
-    LOOK,
-    Queue,
-    Removal,
-    can_land,
-    choose_kind,
-    ffn_tile_size,
-    is_landed,
-    least,
-    may_remove,
-    o_columns,
-)
+from efficientllm.pruning.selection import LOOK, Queue, Removal, choose_kind, least, o_columns
 from efficientllm.space import Limits, Space, find_limits
 from efficientllm.space.dims import Shape
 from helpers.families import NAMES, make_config

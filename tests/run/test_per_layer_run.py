@@ -54,8 +54,8 @@ def test_rows_carry_a_list_where_layers_differ(finished: Path) -> None:
     ]
     assert own == last["intermediate_size"]
     assert "trust_remote_code=True" in (finished / "model/README.md").read_text()
-    rung = efficientllm.load(str(finished / "models/590k"))
-    assert 590_000 - 3 * 96 < sum(param.numel() for param in rung.parameters()) <= 590_000
+    saved_size = efficientllm.load(str(finished / "models/590k"))
+    assert 590_000 - 3 * 96 < sum(param.numel() for param in saved_size.parameters()) <= 590_000
 
 
 @pytest.mark.slow

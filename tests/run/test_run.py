@@ -80,12 +80,12 @@ def test_result_loads_without_efficientllm(finished: Path) -> None:
 
 
 def test_rung_is_a_model_of_its_own(finished: Path, data: Path, tmp_path: Path) -> None:
-    rung = finished / "models/590k"
-    params = sum(param.numel() for param in AutoModelForCausalLM.from_pretrained(rung).parameters())
+    saved_size = finished / "models/590k"
+    params = sum(param.numel() for param in AutoModelForCausalLM.from_pretrained(saved_size).parameters())
     assert 590_000 - 4 * 3 * 96 < params <= 590_000
-    assert "not annealed" in (rung / "README.md").read_text()
+    assert "not annealed" in (saved_size / "README.md").read_text()
     words = arguments(data, tmp_path / "further", prune_tokens="1024", tokens="1024")
-    words[1] = str(rung)
+    words[1] = str(saved_size)
     assert main(words) == 0
 
 

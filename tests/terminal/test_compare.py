@@ -98,9 +98,9 @@ def test_masks_are_computed_until_a_size_is_reached_and_what_goes_at_once_never(
     shapes, params = [{"ffn": size} for size in (9, 8, 7, 6, 5, 5)], [90, 80, 70, 60, 50, 50]
     masks = RunConfig(method="mask-only", target_params=55, save_at=(70,))
     assert [each["ffn"] for each in step_shapes(shapes, params, masks, limits)] == [9, 9, 7, 7, 5]
-    at_once = RunConfig(method="one-shot", target_params=50)
+    one_shot = RunConfig(method="one-shot", target_params=50)
     shapes, params = [{"ffn": size} for size in (9, 5, 5)], [90, 50, 50]
-    assert [each["ffn"] for each in step_shapes(shapes, params, at_once, limits)] == [5, 5]
+    assert [each["ffn"] for each in step_shapes(shapes, params, one_shot, limits)] == [5, 5]
 
 
 def test_an_unfinished_run_needs_no_source(run: Path, tmp_path: Path) -> None:

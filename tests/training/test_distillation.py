@@ -19,8 +19,9 @@ from efficientllm.cli import main
 from efficientllm.config.run_config import RunConfig
 from efficientllm.distributed.engine import Engine
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.distillation import Kept, Lesson, distilled_slopes_, state_distance
-from efficientllm.training.loss import chunked_loss_, next_token_loss
+from efficientllm.training.cross_entropy import next_token_loss
+from efficientllm.training.distillation import DistillationTargets, Kept, distillation_loss_and_grad_, state_distance
+from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import Teacher
 from efficientllm.training.trainer import Trainer
@@ -52,8 +53,8 @@ def test_every_family_has_the_loss_and_gradients_of_torch(name: str) -> None:
     chunked_loss_(ours)
     tokens = batch(rows=3)
     expected = written_out(stock, teacher, tokens, 0.3, 2.0)
-    lesson = Teacher(teacher, RunConfig(distill_weight=0.3, distill_temperature=2.0), Engine(CPU)).lesson(tokens)
-    loss, (ce, kl) = ours(input_ids=tokens, labels=tokens, lesson=replace(lesson, rows=7), use_cache=False)
+    targets = Teacher(teacher, RunConfig(distill_weight=0.3, distill_temperature=2.0), Engine(CPU)).targets(tokens)
+    loss, (ce, kl) = ours(input_ids=tokens, labels=tokens, targets=replace(targets, rows=7), use_cache=False)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert loss.item() == pytest.approx(0.7 * ce.item() + 0.3 * 4 * kl.item(), abs=1e-12)
     expected.backward(), loss.backward()
@@ -68,21 +69,28 @@ def leaves(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return h.requires_grad_(), W.requires_grad_(), torch.randint(0, 11, (20,), generator=generator)
 
 
-def lesson_of(states: Tensor, head: Tensor, weight: float, **more: Any) -> Lesson:
-    return Lesson(
-        states.detach(), head.detach(), 1.0, None, weight, more.pop("temperature", 1.0), distilled_slopes_, **more
+def targets_of(states: Tensor, head: Tensor, weight: float, **more: Any) -> DistillationTargets:
+    return DistillationTargets(
+        states.detach(),
+        head.detach(),
+        1.0,
+        None,
+        weight,
+        more.pop("temperature", 1.0),
+        distillation_loss_and_grad_,
+        **more,
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 4.0])
 def test_what_the_teacher_does_as_well_needs_no_learning(temperature: float) -> None:
     h, W, targets = leaves()
-    lesson = lesson_of(h, W, 1.0, temperature=temperature)
-    loss, (_, kl) = lesson.loss(h, W, targets, scale=1.0, cap=None)
+    targets = targets_of(h, W, 1.0, temperature=temperature)
+    loss, (_, kl) = targets.loss(h, W, targets, scale=1.0, cap=None)
     loss.backward()
     assert loss.item() == kl.item() == 0 and not h.grad.any() and not W.grad.any()
     other, _, _ = leaves(1)  # the negative control
-    loss, (_, kl) = lesson.loss(other, W, targets, scale=1.0, cap=None)
+    loss, (_, kl) = targets.loss(other, W, targets, scale=1.0, cap=None)
     loss.backward()
     assert kl.item() > 0.1 and other.grad.abs().max() > 1e-3
 
@@ -91,7 +99,7 @@ def test_what_the_teacher_does_as_well_needs_no_learning(temperature: float) -> 
 def test_without_weight_it_is_the_loss_without_a_teacher_bitwise(cap: float | None) -> None:
     h, W, targets = leaves()
     states, head, _ = leaves(1)
-    loss, _ = lesson_of(states, head, 0.0, rows=7).loss(h, W, targets, scale=0.7, cap=cap)
+    loss, _ = targets_of(states, head, 0.0, rows=7).loss(h, W, targets, scale=0.7, cap=cap)
     loss.backward()
     found, h.grad, W.grad = (h.grad, W.grad), None, None
     plain = next_token_loss(h, W, targets, scale=0.7, cap=cap, rows=7)
@@ -121,14 +129,14 @@ def test_neither_model_has_its_logits_whole() -> None:
     """In a process of its own: 1,024 tokens of a vocabulary of 128k are 0.5 GB of logits of each model."""
     script = """
         import resource, torch
-        from efficientllm.training.distillation import Lesson, distilled_slopes_
+        from efficientllm.training.distillation import DistillationTargets, distillation_loss_and_grad_
         h, W = torch.randn(1024, 16, requires_grad=True), torch.randn(131072, 16, requires_grad=True)
         states, head = torch.randn(1024, 24), torch.randn(131072, 24)
         targets = torch.randint(0, 131072, (1024,))
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         before = peak()
-        lesson = Lesson(states, head, 1.0, None, 0.5, 2.0, distilled_slopes_)
-        lesson.loss(h, W, targets, scale=1.0, cap=None)[0].backward()
+        targets = DistillationTargets(states, head, 1.0, None, 0.5, 2.0, distillation_loss_and_grad_)
+        targets.loss(h, W, targets, scale=1.0, cap=None)[0].backward()
         print(peak() - before)
     """
     done = subprocess.run(
@@ -183,7 +191,7 @@ def test_parts_of_the_loss_are_logged_and_add_up() -> None:
 
 
 def test_hidden_dimensions_keep_their_partners_while_they_wait_and_after() -> None:
-    """Compacted at once or in tiles it is the same run; the ledger names the teacher's dimensions in both."""
+    """Compacted at once or in tiles it is the same run; the tracker names the teacher's dimensions in both."""
     results = []
     for tile in (None, 8):
         engine = Engine(CPU)

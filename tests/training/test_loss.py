@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from efficientllm.training.loss import chunked_loss_, next_token_loss
+from efficientllm.training.cross_entropy import next_token_loss
+from efficientllm.training.loss import chunked_loss_
 from helpers.families import NAMES, batch, logits, loss_of, make_model
 
 
@@ -70,7 +71,7 @@ def test_logits_never_stand_whole() -> None:
         import torch
         from pathlib import Path
         from torch.nn import functional as F
-        from efficientllm.training.loss import next_token_loss
+        from efficientllm.training.cross_entropy import next_token_loss
         h, W = torch.randn(1024, 16, requires_grad=True), torch.randn(131072, 16, requires_grad=True)
         targets = torch.randint(0, 131072, (1024,))
         def peak():  # not ru_maxrss: a child inherits its parent's

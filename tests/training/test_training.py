@@ -17,7 +17,7 @@ from efficientllm.errors import CheckpointError, ConfigError
 from efficientllm.pruning import LinearPace, Removal, SlotPace
 from efficientllm.run.logs import JsonLines, read_rows
 from efficientllm.space import find_limits, find_space
-from efficientllm.training.failure_signs import Watch
+from efficientllm.training.failure_signs import FailureSigns
 from efficientllm.training.fisher import Fisher
 from efficientllm.training.recipe import default_lr, make_recipe
 from efficientllm.training.validation import validation_loss
@@ -115,9 +115,9 @@ def removal(kind: str, before: int, after: int) -> Removal:
     return Removal(1, kind, {}, {}, before, after)
 
 
-def watch(total: int = 1000) -> Watch:
+def watch(total: int = 1000) -> FailureSigns:
     model = tiny()
-    return Watch(find_limits(find_space(model), model.config, min_ffn=40), total)
+    return FailureSigns(find_limits(find_space(model), model.config, min_ffn=40), total)
 
 
 def test_a_jump_after_a_removal_is_told_once() -> None:
@@ -133,18 +133,18 @@ def test_a_jump_after_a_removal_is_told_once() -> None:
 def test_an_exploding_gradient_is_told() -> None:
     seen = watch()
     for _ in range(30):
-        assert not seen.look(2.0, 1.0, False)
-    assert "--lr" in seen.look(2.0, 100.0, False)[0]
+        assert not seen.observe(2.0, 1.0, False)
+    assert "--lr" in seen.observe(2.0, 100.0, False)[0]
 
 
 def test_a_floor_and_one_sided_removal_are_told() -> None:
     seen = watch()
     shape = {"hidden": 40, "ffn": 50, "kv": 2, "query": 2}
-    assert not seen.look_at([removal("ffn", 1000, 600)], shape)  # too early to say
-    assert "100%" in seen.look_at([removal("ffn", 600, 400)], shape)[0]
+    assert not seen.observe_removals([removal("ffn", 1000, 600)], shape)  # too early to say
+    assert "100%" in seen.observe_removals([removal("ffn", 600, 400)], shape)[0]
     mixed = watch()
-    assert not mixed.look_at([removal("ffn", 1000, 800), removal("hidden", 800, 600)], shape)
-    assert "floor of 40" in mixed.look_at([removal("ffn", 600, 500)], {**shape, "ffn": 40})[0]
+    assert not mixed.observe_removals([removal("ffn", 1000, 800), removal("hidden", 800, 600)], shape)
+    assert "floor of 40" in mixed.observe_removals([removal("ffn", 600, 500)], {**shape, "ffn": 40})[0]
 
 
 def test_watch_goes_on_from_its_state() -> None:

@@ -58,7 +58,7 @@ def block_influences(model: Any, batches: Sequence[Tensor], micro_batch_size: in
     finally:
         for hook in hooks:
             hook.remove()
-    return [1 - float(engine.mean(total / tokens)) for total in sums]
+    return [1 - float(engine.all_reduce_mean(total / tokens)) for total in sums]
 
 
 def least_influential(influences: Sequence[float], count: int) -> list[int]:

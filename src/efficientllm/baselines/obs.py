@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efficientllm.pruning.activations import InputSampler, consumer_inputs
 from efficientllm.pruning.compensation import damped_, gram
-from efficientllm.pruning.placement import Layout
+from efficientllm.pruning.placement import Placement
 from efficientllm.pruning.pruner import Pruner
 from efficientllm.pruning.saliency import Scores, live_lengths
 from efficientllm.space.dims import Dim, Slot
@@ -37,17 +37,17 @@ class Fluctuation:
             self.sums[reader] = self.sums.get(reader, 0) + X.sum(0)
             self.squares[reader] = self.squares.get(reader, 0) + X.square().sum(0)
 
-    def variance(self, reader: str, layout: Layout) -> Tensor:
+    def variance(self, reader: str, placement: Placement) -> Tensor:
         """Returns the variance (in,) of an input over the rows of all ranks."""
         device = self.sums[reader].device
-        count = _everywhere(torch.tensor(float(self.count[reader]), device=device, dtype=torch.float64), layout)
-        mean = _everywhere(self.sums[reader], layout) / count
-        return (_everywhere(self.squares[reader], layout) / count - mean.square()).clamp(min=0)
+        count = _everywhere(torch.tensor(float(self.count[reader]), device=device, dtype=torch.float64), placement)
+        mean = _everywhere(self.sums[reader], placement) / count
+        return (_everywhere(self.squares[reader], placement) / count - mean.square()).clamp(min=0)
 
 
-def damped_moments(sampler: InputSampler, reader: str, layout: Layout) -> Tensor:
+def damped_moments(sampler: InputSampler, reader: str, placement: Placement) -> Tensor:
     """Returns H of an input from the rows that are kept of it, over all ranks."""
-    return damped_(_everywhere(gram(sampler.inputs(reader)), layout))
+    return damped_(_everywhere(gram(sampler.inputs(reader)), placement))
 
 
 def obs_scores(pruner: Pruner) -> Scores:
@@ -55,7 +55,7 @@ def obs_scores(pruner: Pruner) -> Scores:
     sampler = pruner.sampler
     assert sampler is not None
     sampler.collect()
-    return layerwise_scores(pruner, partial(damped_moments, sampler, layout=pruner.layout))
+    return layerwise_scores(pruner, partial(damped_moments, sampler, placement=pruner.placement))
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def layerwise_scores(pruner: Pruner, moments: Callable[[str], Tensor]) -> Scores
     Args:
         moments: H of an input, by the name of its first reader.
     """
-    model, space, retired, layout = pruner.model, pruner.space, pruner.retired, pruner.layout
+    model, space, retired, placement = pruner.model, pruner.space, pruner.retired, pruner.placement
     slots: dict[str, list[tuple[Dim, Slot]]] = defaultdict(list)
     for dim in space.dims():
         for slot in dim.slots:
@@ -83,13 +83,13 @@ def layerwise_scores(pruner: Pruner, moments: Callable[[str], Tensor]) -> Scores
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(H)) if H.ndim > 1 else None
         for reader in readers:
             param = model.get_parameter(reader + ".weight")
-            W = layout.local(param).to(H.dtype)
-            whole = layout.sum_shards([((W @ H) * W if H.ndim > 1 else W.square() * H).sum()[None]])[0]
+            W = placement.local(param).to(H.dtype)
+            whole = placement.sum_shards([((W @ H) * W if H.ndim > 1 else W.square() * H).sum()[None]])[0]
             for dim, slot in slots[reader]:
                 width = dim.size * slot.block
                 columns = W.narrow(1, slot.start, width).reshape(-1, dim.size, slot.block)
                 G = torch.einsum("oub,ouc->ubc", columns, columns)
-                G = layout.sum_shards([G.flatten()])[0].view_as(G)
+                G = placement.sum_shards([G.flatten()])[0].view_as(G)
                 if inverse is None:
                     error = (G.diagonal(dim1=1, dim2=2) * H.narrow(0, slot.start, width).view(-1, slot.block)).sum(1)
                 else:
@@ -122,6 +122,6 @@ def diagonal_blocks(matrix: Tensor, start: int, units: int, block: int) -> Tenso
     return part.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _everywhere(tensor: Tensor, layout: Layout) -> Tensor:
+def _everywhere(tensor: Tensor, placement: Placement) -> Tensor:
     """Returns the sum over all ranks, on each of them."""
-    return layout.from_rank(layout.sum_to(tensor, 0), 0)
+    return placement.from_rank(placement.sum_to(tensor, 0), 0)

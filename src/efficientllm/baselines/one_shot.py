@@ -22,7 +22,7 @@ from efficientllm.training.trainer import Trainer
 Show = Callable[[int, int], None]  # of so many calibration batches, so many
 
 
-def remove_at_once(trainer: Trainer, budget: Budget, show: Show) -> None:
+def remove_one_shot(trainer: Trainer, budget: Budget, show: Show) -> None:
     """Removes everything that is to go from a model that has not trained yet; the feed gives the calibration batches.
 
     Raises:

@@ -18,7 +18,7 @@ GRADUAL = (
     "save_at",
     "distill_hidden",
 )
-AT_ONCE = (*SIZE, "allocation", "shape_of", "distill_hidden")
+ONE_SHOT = (*SIZE, "allocation", "shape_of", "distill_hidden")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Method:
     """How one method removes.
 
     Attributes:
-        when: "gradual", while it trains; "at once", before the first step; "begun" small, with nothing to remove.
+        when: "gradual", while it trains; "one-shot", before the first step; "initial" small, with nothing to remove.
         does: what a run does, after "which" or "by".
         takes: the flags, by field, that mean something to it, of those that do not mean something to all.
         rounds: times that units are scored and removed before the first step.
@@ -34,7 +34,7 @@ class Method:
         compacts: whether retired units go before the target is reached.
     """
 
-    when: Literal["gradual", "at once", "begun"]
+    when: Literal["gradual", "one-shot", "initial"]
     does: str
     takes: tuple[str, ...]
     rounds: int = 1
@@ -51,29 +51,29 @@ METHODS = {
         compacts=False,
     ),
     "one-shot": Method(
-        "at once",
+        "one-shot",
         "removes everything before the first step, by first-order saliency over calibration batches",
-        (*AT_ONCE, "calibration_tokens", "saliency", "score", "compensate"),
+        (*ONE_SHOT, "calibration_tokens", "saliency", "score", "compensate"),
     ),
     "one-shot-obs": Method(
-        "at once",
+        "one-shot",
         "removes everything before the first step, by structured OBS with updates of the weights that stay",
-        (*AT_ONCE, "calibration_tokens"),
+        (*ONE_SHOT, "calibration_tokens"),
         rounds=OBS_ROUNDS,
         compensates=True,
     ),
     "magnitude": Method(
-        "at once", "removes everything before the first step, by the mean square of weights", (*AT_ONCE, "score")
+        "one-shot", "removes everything before the first step, by the mean square of weights", (*ONE_SHOT, "score")
     ),
     "activation": Method(
-        "at once",
+        "one-shot",
         "removes everything before the first step, by the fluctuation of inputs times the weights that read them",
-        (*AT_ONCE, "calibration_tokens"),
+        (*ONE_SHOT, "calibration_tokens"),
     ),
-    "random": Method("at once", "removes random units before the first step", AT_ONCE),
-    "scratch": Method("begun", "trains fresh weights of another run's shape", ("shape_of", "layout")),
+    "random": Method("one-shot", "removes random units before the first step", ONE_SHOT),
+    "scratch": Method("initial", "trains fresh weights of another run's shape", ("shape_of", "layout")),
     "depth": Method(
-        "begun",
+        "initial",
         "removes whole layers of least block influence before the first step",
         ("target_params", "prune_tokens", "calibration_tokens", "distill_hidden"),
     ),

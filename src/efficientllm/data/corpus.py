@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from efficientllm.config.run_config import RunConfig
-from efficientllm.data.documents import Source, parse_source
+from efficientllm.data.documents import DataSource, parse_source
 from efficientllm.data.shards import Rows
 from efficientllm.data.token_folder import TokenFolder, is_prepared, open_tokens, prepare
 
@@ -57,7 +57,7 @@ def open_corpus(
         ConfigError, DataError: as `parse_source`, `prepare` and `open_tokens`.
     """
 
-    def tokens(source: Source, name: str, hold_out: bool) -> TokenFolder:
+    def tokens(source: DataSource, name: str, hold_out: bool) -> TokenFolder:
         path = source.path
         if path is not None and path.is_dir() and is_prepared(path):
             return open_tokens(path, tokenizer, source.spec)

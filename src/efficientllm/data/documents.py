@@ -25,7 +25,7 @@ Render = Callable[[Mapping[str, Any], str], str | None]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One `--data`: what was asked (`spec`), a path or hub data set (`location`), and its weight in the mixture."""
 
     spec: str
@@ -39,7 +39,7 @@ class Source:
         return path if path.exists() else None
 
 
-def parse_source(spec: str) -> Source:
+def parse_source(spec: str) -> DataSource:
     """The source that `DATA` or `DATA=WEIGHT` names.
 
     A spec that exists as a path is that path, whatever signs it holds.
@@ -59,14 +59,14 @@ def parse_source(spec: str) -> Source:
             weight = math.nan
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data {spec}: the weight {number!r} is not a finite number above 0; write DATA=0.3")
-    source = Source(spec, location, weight)
+    source = DataSource(spec, location, weight)
     if source.path is None and _looks_like_path(location):
         raise DataError(f"data {spec}: {location!r} does not exist; give {READABLE}")
     return source
 
 
 def read_documents(
-    source: Source,
+    source: DataSource,
     *,
     text_field: str = "text",
     txt_split: str = "file",
@@ -175,7 +175,7 @@ def _txt_documents(file: Path, txt_split: str) -> Iterator[str]:
     yield "".join(block).rstrip("\r\n")
 
 
-def _hub_documents(source: Source, render: Render) -> Iterator[str | None]:
+def _hub_documents(source: DataSource, render: Render) -> Iterator[str | None]:
     import datasets
 
     name, config, split = ([*source.location.split(":"), "", ""])[:3]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from efficientllm.data.documents import Source, read_documents
+from efficientllm.data.documents import DataSource, read_documents
 from efficientllm.data.shards import Rows, ShardWriter, open_shard
 from efficientllm.data.tokenizing import BATCH_DOCUMENTS, backend_copy, encode, separator_ids, tokenizer_fingerprint
 from efficientllm.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ def is_prepared(path: Path) -> bool:
 
 
 def prepare(
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     tokenizer: "PreTrainedTokenizerBase",
     out: Path,
     *,

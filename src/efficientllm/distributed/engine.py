@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from efficientllm.pruning.placement import Layout
+from efficientllm.pruning.placement import Placement
 from efficientllm.pruning.removal import compact_
 from efficientllm.pruning.saliency import Retired
 from efficientllm.space.dims import Space
@@ -22,7 +22,7 @@ WAITING_UNITS = 64  # retired channels for one compaction, where another shape i
 Precision = Literal["float32", "bf16"]
 
 
-class Engine(Layout):
+class Engine(Placement):
     """One process. The others override what more than one needs.
 
     Attributes:
@@ -80,22 +80,22 @@ class Engine(Layout):
         self.forget_graphs()
         return model
 
-    def mean(self, number: Tensor) -> Tensor:
+    def all_reduce_mean(self, number: Tensor) -> Tensor:
         """Returns the mean over ranks."""
         return number
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """Returns the largest that any rank gives, of each number."""
         return list(numbers)
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """Returns a tensor that may be sharded, or summed only in part, as one that stands here."""
         return tensor
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every rank has come here."""
 
-    def first(self, work: Callable[[], Any]) -> Any:
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
         """Lets the main rank do something before the others go on, and returns to it what came of it.
 
         Raises:
@@ -107,7 +107,7 @@ class Engine(Layout):
         """Returns the model whole; it holds only on the main rank."""
         return model
 
-    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def checkpoint_shard(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns what this rank writes of tensors that a checkpoint is to hold."""
         return tensors
 

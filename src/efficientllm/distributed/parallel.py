@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from efficientllm.distributed.engine import WAITING_UNITS, Engine, Precision, freeze_, on_meta, training_dtype
-from efficientllm.distributed.rendezvous import is_restart, meet
+from efficientllm.distributed.rendezvous import is_restart, rendezvous
 from efficientllm.errors import ConfigError, EfficientLLMError, TrainingError
 from efficientllm.models.llama_mistral import relabel_llama_
 from efficientllm.pruning.removal import compact_, kept_entries, select, take_
@@ -46,26 +46,26 @@ class _Ranks(Engine):
         _join(device)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
 
-    def mean(self, number: Tensor) -> Tensor:
+    def all_reduce_mean(self, number: Tensor) -> Tensor:
         total = number.clone()
         dist.all_reduce(total)
         return total / self.num_ranks
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         values = torch.tensor(numbers)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return [int(value) for value in values]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         dist.barrier()
 
-    def first(self, work: Callable[[], Any]) -> Any:
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
         result, failure = None, None
         try:
             result = work() if self.is_main else None
         except (EfficientLLMError, OSError) as error:
             failure = error
-        (failed,) = self.largest(failure is not None)
+        (failed,) = self.all_reduce_max(failure is not None)
         if failed:
             raise failure or TrainingError("the first rank could not go on")
         return result
@@ -121,7 +121,7 @@ class DDP(_Ranks):
         self._sync(model)
         return model
 
-    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def checkpoint_shard(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name] for name in sorted(tensors)[self.rank :: self.num_ranks]}
 
     def _sync(self, model: nn.Module, first: bool = False) -> None:
@@ -192,7 +192,7 @@ class FSDP(_Ranks):
         model.set_requires_all_reduce(last)
         return nullcontext()
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class FSDP(_Ranks):
         targets = dict(plain.named_parameters())
         with torch.no_grad():
             for name, param in model.named_parameters():
-                full = self.whole(param.detach())
+                full = self.full_tensor(param.detach())
                 if self.is_main:
                     targets[name].copy_(full)
         return plain
@@ -324,7 +324,7 @@ def _join(device: torch.device) -> None:
     if dist.is_initialized():
         return
     store, rank, num_ranks = _rendezvous()
-    store = dist.PrefixStore(meet(store, rank, num_ranks), store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(rendezvous(store, rank, num_ranks), store)  # type: ignore[attr-defined]
     # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)

@@ -20,7 +20,7 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def meet(store: "Store", rank: int, num_ranks: int) -> str:
+def rendezvous(store: "Store", rank: int, num_ranks: int) -> str:
     """Returns a name that the ranks of this attempt share and those of no other know.
 
     torchrun starts no rank before all of the attempt before are dead, so whoever answers lives.

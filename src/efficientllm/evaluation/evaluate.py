@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from efficientllm.data.documents import Source, read_documents
+from efficientllm.data.documents import DataSource, read_documents
 from efficientllm.distributed.device import find_device, is_out_of_memory
 from efficientllm.errors import ConfigError
 from efficientllm.evaluation.perplexity import TextScore, score_text
@@ -95,7 +95,7 @@ def evaluate_model(
     model: str,
     path: str,
     tasks: Sequence["Loaded"],
-    texts: Sequence[Source],
+    texts: Sequence[DataSource],
     *,
     limit: int | None,
     batch_size: int,

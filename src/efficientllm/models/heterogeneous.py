@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from efficientllm.space.dims import Shape, in_layer, widths
+from efficientllm.space.dims import Shape, in_layer, layer_of, widths
 
 MODULE, PREFIX = "modeling_per_layer", "PerLayer"  # the file that goes with the weights; its classes' names begin so
 # Their configs, and any with longrope, read the number of heads of the whole model where layers have their own
@@ -53,10 +53,10 @@ def make_uniform_(config: Any) -> None:
 def resize_modules_(model: nn.Module, shape: Shape) -> None:
     """Writes a shape into what modules copied from the config, by its names there."""
     for name, module in model.named_modules():
-        _, inside, rest = f".{name}".partition(".layers.")
+        layer = layer_of(name)
         sizes: dict[str, Any] = {"hidden_size": shape["hidden"]}
-        if inside:
-            own = in_layer(shape, int(rest.partition(".")[0]))
+        if layer is not None:
+            own = in_layer(shape, layer)
             sizes |= {**widths(own), "num_heads": own["kv"] * own["query"], "num_key_value_groups": own["query"]}
         for word, size in sizes.items():
             if isinstance(getattr(module, word, None), int):

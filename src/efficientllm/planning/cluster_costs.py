@@ -45,7 +45,7 @@ class Setup:
         shards: GPUs that share one copy.
         rows, micro_batch_size: of an optimizer step, and of a pass, on one GPU.
         memory: at the source's shape.
-        fits: whether the peak stays within 0.8 of the card's memory.
+        fits: whether the peak stays within 0.8 of the gpu's memory.
         teacher: the space of `--distill`'s.
     """
 
@@ -89,14 +89,14 @@ def make_setup(
         ConfigError: if the GPUs cannot share the rows of a batch, cannot be cut into replicas of `--shards`, or are not
             known to compute in `--precision`.
     """
-    num_gpus, card = cluster.num_gpus, cluster.card
+    num_gpus, gpu = cluster.num_gpus, cluster.gpu
     if config.shards and num_gpus % config.shards:
         raise ConfigError(f"--shards {config.shards} does not divide --gpus {num_gpus}; change one of them")
     if precision is None:
-        precision = config.precision or card.precisions[-1]
-        if math.isnan(card.peak(precision)):
+        precision = config.precision or gpu.precisions[-1]
+        if math.isnan(gpu.peak(precision)):
             raise ConfigError(
-                f"--precision {precision}: the FLOP/s of {card.name} in {precision} are not known; "
+                f"--precision {precision}: the FLOP/s of {gpu.name} in {precision} are not known; "
                 "take the other precision or another --gpu"
             )
     rows = rank_rows(config, num_gpus)
@@ -104,7 +104,7 @@ def make_setup(
         engine = "one"
     elif engine is None:
         frozen = frozen_bytes(teacher, PRECISIONS[precision])
-        by_size = default_engine(space.num_params(shape), card.memory, frozen)
+        by_size = default_engine(space.num_params(shape), gpu.memory, frozen)
         engine = config.engine or ("fsdp" if config.shards else by_size)
     shards = (config.shards or cluster.machine) if engine == "fsdp" else 1
     more: dict[str, Any] = {
@@ -122,15 +122,15 @@ def make_setup(
         micro_batch_size = math.gcd(config.micro_batch_size, rows)
     else:
         micro_batch_size = fitting_micro_batch(
-            space, shape, rows=rows, seq_len=seq_len, memory_bytes=card.memory, **more
+            space, shape, rows=rows, seq_len=seq_len, memory_bytes=gpu.memory, **more
         )
     memory = estimate(space, shape, micro_batch_size=micro_batch_size, seq_len=seq_len, batch_rows=rows, **more)
-    fits = memory.peak <= MEMORY_SHARE * card.memory
+    fits = memory.peak <= MEMORY_SHARE * gpu.memory
     return Setup(engine, precision, shards, rows, micro_batch_size, memory, fits, teacher)
 
 
 def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shape: Shape) -> Step:
-    """Returns the time and traffic of one optimizer step; nan seconds where the card's FLOP/s are not known."""
+    """Returns the time and traffic of one optimizer step; nan seconds where the gpu's FLOP/s are not known."""
     compute = config.batch_tokens * space.flops_per_token(shape, config.seq_len)
     if config.activation_checkpointing == "full":
         compute *= RECOMPUTED
@@ -139,7 +139,7 @@ def step_cost(config: RunConfig, cluster: Cluster, setup: Setup, space: Space, s
     # replicas of machines meet over the network; what stays within a copy does not
     sending = sum(size / cluster.bandwidth(ring) for ring, size in sent.items())
     return Step(
-        compute / (cluster.num_gpus * cluster.mfu * cluster.card.peak(setup.precision)), sum(sent.values()), sending
+        compute / (cluster.num_gpus * cluster.mfu * cluster.gpu.peak(setup.precision)), sum(sent.values()), sending
     )
 
 

@@ -1,4 +1,4 @@
-"""Plan: the removals, steps and FLOPs of a run before it starts, from the source's config.json alone."""
+"""RunPlan: the removals, steps and FLOPs of a run before it starts, from the source's config.json alone."""
 
 import json
 from collections import Counter
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import BudgetError, ConfigError
-from efficientllm.pruning.selection import Order, can_land, is_landed
+from efficientllm.pruning.landing import can_land, is_landed
+from efficientllm.pruning.selection import Order
 from efficientllm.pruning.trajectory import (
     Planned,
     as_logged,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run before it starts.
 
     Attributes:
@@ -76,7 +77,7 @@ def make_plan(
     kinds: Sequence[str] | None = None,
     budget: Budget | None = None,
     teacher: Space | None = None,
-) -> Plan:
+) -> RunPlan:
     """Returns the plan of a run; `kinds` is the order of removals to follow, by default all kinds go in proportion.
 
     Raises:
@@ -108,7 +109,7 @@ def make_plan(
     pruning, end = (planned[-1].step, planned[-1].shape) if planned else (0, source)
     steps = max(recipe.total_steps, pruning)
     before, after = (config.batch_tokens * space.flops_per_token(shape, config.seq_len) for shape in (source, end))
-    return Plan(
+    return RunPlan(
         source=source,
         planned=planned,
         landed=[

@@ -111,7 +111,7 @@ def gpu_counts(config: RunConfig, num_gpus: int) -> list[int]:
 
 def altering(config: RunConfig, cluster: Cluster, shorten: bool) -> list[Change]:
     """Returns the changes of what is computed, mildest first: none, bf16, and with `shorten` rows of fewer tokens."""
-    narrow = config.precision == "float32" and "bf16" in cluster.card.precisions
+    narrow = config.precision == "float32" and "bf16" in cluster.gpu.precisions
     bf16: Change = ("--precision bf16", {"precision": "bf16"}) if narrow else KEEP
     changes = [KEEP, bf16] if narrow else [KEEP]
     for power in range(1, config.seq_len.bit_length()) if shorten else ():

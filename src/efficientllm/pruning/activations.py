@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from efficientllm.errors import TrainingError
 from efficientllm.pruning.compensation import damped_, gram, solve, solve_by_rows, update
-from efficientllm.pruning.placement import Layout
+from efficientllm.pruning.placement import Placement
 from efficientllm.pruning.removal import entries, moved
 from efficientllm.space.dims import Space
 
@@ -108,7 +108,7 @@ def compensate_(
     space: Space,
     units: Mapping[str, list[int]],
     sampler: InputSampler,
-    layout: Layout | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Lets every consumer of units (by dim name) absorb them: one solve per distinct layer input.
 
@@ -120,11 +120,11 @@ def compensate_(
         TrainingError: if moments are not positive definite; weights are not to be used then.
     """
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        _compensate_(model, space, units, sampler, layout or Layout())
+        _compensate_(model, space, units, sampler, placement or Placement())
 
 
 def _compensate_(
-    model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler, layout: Layout
+    model: nn.Module, space: Space, units: Mapping[str, list[int]], sampler: InputSampler, placement: Placement
 ) -> None:
     sampler.collect()
     removed: dict[str, set[int]] = defaultdict(set)
@@ -135,24 +135,24 @@ def _compensate_(
                     module = slot.param.rpartition(".")[0]
                     removed[module].update(entries(slot.start, slot.block, units[dim.name]))
     readers = [names for names in consumer_inputs(space).values() if names[0] in removed and sampler.rows[names[0]]]
-    weights = [[layout.local(model.get_parameter(name + ".weight")) for name in names] for names in readers]
+    weights = [[placement.local(model.get_parameter(name + ".weight")) for name in names] for names in readers]
     gone = moved([sorted(removed[names[0]]) for names in readers], [each[0].device for each in weights])
     sound = []
-    for start in range(0, len(readers), layout.num_ranks):
-        turn = range(start, min(start + layout.num_ranks, len(readers)))
+    for start in range(0, len(readers), placement.num_ranks):
+        turn = range(start, min(start + placement.num_ranks, len(readers)))
         mine: Tensor | None = None
         for rank, number in enumerate(turn):
             X = sampler.inputs(readers[number][0])
-            if layout.has_all_rows and len(X) < X.shape[1]:
+            if placement.has_all_rows and len(X) < X.shape[1]:
                 mine = solve_by_rows(X, gone[number])
                 continue
-            H = layout.sum_to(gram(X), rank)
-            if rank == layout.rank:
+            H = placement.sum_to(gram(X), rank)
+            if rank == placement.rank:
                 mine = solve(damped_(H), gone[number])
         for rank, number in enumerate(turn):
             width = weights[number][0].shape[1]
-            theirs = mine if rank == layout.rank else None
-            Z = layout.from_rank(H.new_empty(width, len(gone[number])) if theirs is None else theirs, rank)
+            theirs = mine if rank == placement.rank else None
+            Z = placement.from_rank(H.new_empty(width, len(gone[number])) if theirs is None else theirs, rank)
             sound.append(Z.isfinite().all())
             for weight in weights[number]:
                 weight.copy_(update(weight, Z, gone[number]))

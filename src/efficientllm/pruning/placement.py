@@ -1,6 +1,6 @@
-"""Layout: where the entries of a model's tensors stand. Here they stand whole, in the one process that trains.
+"""Placement: where the entries of a model's tensors stand. Here they stand whole, in the one process that trains.
 
-What spreads them over ranks is a Layout of its own (distributed/parallel.py); the rest of pruning/ knows no other rank.
+What spreads them over ranks is a Placement of its own (distributed/parallel.py); pruning/ knows of ranks nothing else.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from efficientllm.pruning.selection import Removal
 from efficientllm.space.dims import Space
 
 
-class Layout:
+class Placement:
     """One process that holds everything: every call is the identity.
 
     Attributes:

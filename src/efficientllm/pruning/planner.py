@@ -4,24 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from efficientllm.errors import BudgetError
+from efficientllm.pruning.landing import can_land, is_landed
 from efficientllm.pruning.saliency import Scores
 from efficientllm.pruning.schedule import Pace
-from efficientllm.pruning.selection import (
-    Order,
-    Queue,
-    Removal,
-    can_land,
-    choose_kind,
-    is_landed,
-    o_columns,
-)
-from efficientllm.pruning.tracker import Ledger
+from efficientllm.pruning.selection import Order, Queue, Removal, choose_kind, o_columns
+from efficientllm.pruning.tracker import UnitTracker
 from efficientllm.space.dims import KINDS, Measure, Shape, kind_of, of_kind, shape_text
 from efficientllm.space.limits import Limits
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What goes in one optimizer step.
 
     Attributes:
@@ -61,7 +54,9 @@ class Planner:
         """Returns whether a shape has the size of the next target."""
         return is_landed(shape, self.limits, self.measure, self.targets[0])
 
-    def plan(self, step: int, next_step: float, scores: Scores, ledger: Ledger, order: Order | None = None) -> Plan:
+    def plan(
+        self, step: int, next_step: float, scores: Scores, tracker: UnitTracker, order: Order | None = None
+    ) -> StepPlan:
         """Returns the removals of a step, up to the next target at the most.
 
         Args:
@@ -71,8 +66,8 @@ class Planner:
         Raises:
             BudgetError: if nothing may go.
         """
-        queues = {bundle: Queue(score, ledger.counted(bundle, {})) for bundle, score in scores.items()}
-        space, shape = ledger.space, ledger.shape
+        queues = {bundle: Queue(score, tracker.counted(bundle, {})) for bundle, score in scores.items()}
+        space, shape = tracker.space, tracker.shape
         removals: list[Removal] = []
         units: dict[str, list[int]] = {}
         while self.is_due(step, next_step, shape):
@@ -82,13 +77,13 @@ class Planner:
                     f"no group can be removed from {shape_text(shape)} on the way to a target of {self.targets[0]:,}"
                 )
             dims = space.bundles[bundle].dims
-            counted = ledger.counted(bundle, units)
+            counted = tracker.counted(bundle, units)
             saliencies = {
                 kind: lowest for kind in KINDS if (lowest := self._lowest(of_kind(shape, kind), queues)) is not None
             }
             chosen = dict(zip((dim.name for dim in dims), queues[bundle].pop(), strict=True))
             after = {**shape, bundle: shape[bundle] - 1}
-            named = ledger.in_source(
+            named = tracker.in_source(
                 {dim.name: chosen[dim.name] for dim, one in zip(dims, counted, strict=True) if one}
             )
             sizes = space.num_params(shape), space.num_params(after)
@@ -98,8 +93,8 @@ class Planner:
             next_step = self.pace.wait(next_step, step, o_columns(bundle, shape, space.head_dim))
             shape = after
             if self.is_landed(shape):
-                break  # a rung is saved before anything else goes
-        return Plan(removals, units, next_step)
+                break  # a saved_size is saved before anything else goes
+        return StepPlan(removals, units, next_step)
 
     def _lowest(self, shape: Shape, queues: Mapping[str, Queue]) -> float | None:
         """Returns the lowest group saliency of the bundles in `shape` that are above their floors, if any is."""
@@ -109,8 +104,8 @@ class Planner:
 def check_landing(limits: Limits, measure: Measure, targets: Sequence[int]) -> None:
     """Raises BudgetError unless legal shapes, each at or below the one before, land on every target; they fall."""
     source = measure(limits.source)
-    for rung, size in enumerate(targets):
-        before = [each for each in targets[:rung] if each < source]
+    for saved_size, size in enumerate(targets):
+        before = [each for each in targets[:saved_size] if each < source]
         if size < source and not can_land(limits.source, limits, measure, *before, size):
             found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
             raise BudgetError(
@@ -120,7 +115,7 @@ def check_landing(limits: Limits, measure: Measure, targets: Sequence[int]) -> N
             )
 
 
-def complete_tiles(kind: str, ledger: Ledger, limits: Limits, compaction_tile: int | None) -> dict[str, int]:
+def complete_tiles(kind: str, tracker: UnitTracker, limits: Limits, compaction_tile: int | None) -> dict[str, int]:
     """Returns the tiles of a kind's bundles, none while compaction is dear and can wait.
 
     Layers that shrink each on its own wait until they have as many complete tiles as there are layers: all together
@@ -129,16 +124,16 @@ def complete_tiles(kind: str, ledger: Ledger, limits: Limits, compaction_tile: i
     Args:
         compaction_tile: units that wait for one compaction, where that is dear.
     """
-    bundles = of_kind(ledger.space.shape, kind)
+    bundles = of_kind(tracker.space.shape, kind)
     if kind == "query":
         return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (method.md section 2)
     legal = {bundle: limits.tile[bundle] for bundle in bundles}
     if compaction_tile is None:
         return legal
-    units = compaction_tile // ledger.space.head_dim if kind == "kv" else compaction_tile
+    units = compaction_tile // tracker.space.head_dim if kind == "kv" else compaction_tile
     # a physical shape is legal too: a checkpoint may be taken there
     tiles = {bundle: max(1, -(-units // tile)) * tile for bundle, tile in legal.items()}
-    waiting = ledger.waiting(tiles)
-    dims = {bundle: ledger.space.bundles[bundle].dims[0].name for bundle in tiles}
+    waiting = tracker.waiting(tiles)
+    dims = {bundle: tracker.space.bundles[bundle].dims[0].name for bundle in tiles}
     complete = sum(-(-len(waiting.get(dims[bundle], ())) // tile) for bundle, tile in tiles.items())
     return tiles if complete >= len(tiles) else {}

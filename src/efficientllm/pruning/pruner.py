@@ -18,15 +18,15 @@ from efficientllm.errors import UnsupportedModelError
 from efficientllm.models.llama_mistral import relabel_llama_
 from efficientllm.pruning.activations import InputSampler, compensate_
 from efficientllm.pruning.norms import LiveNorms
-from efficientllm.pruning.placement import Layout
-from efficientllm.pruning.planner import Plan, Planner, check_landing, complete_tiles
+from efficientllm.pruning.placement import Placement
+from efficientllm.pruning.planner import Planner, StepPlan, check_landing, complete_tiles
 from efficientllm.pruning.removal import check_state, count_live_, retire_
 from efficientllm.pruning.saliency import Retired, Saliency, Scored, Scores
 from efficientllm.pruning.saving import call_before_saving, save_as_before
 from efficientllm.pruning.schedule import Pace, SlotPace
 from efficientllm.pruning.scoring import Scorer
 from efficientllm.pruning.selection import Order, Removal
-from efficientllm.pruning.tracker import Ledger
+from efficientllm.pruning.tracker import UnitTracker
 from efficientllm.space import Limits, find_limits, find_space
 from efficientllm.space.dims import Measure, Shape, Space
 from efficientllm.space.limits import check_target
@@ -49,7 +49,7 @@ class Pruner:
             parameters on.
         compaction_tile: retired channels (as many columns of O, for heads) that wait for one compaction, a matter of
             speed (default: the limits' tiles).
-        layout: where the model's tensors stand (default: here, whole).
+        placement: where the model's tensors stand (default: here, whole).
         save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
     Attributes:
@@ -78,7 +78,7 @@ class Pruner:
         compaction_tile: int | None = None,
         save_at: Sequence[int] = (),
         on_landing: Callable[[int], None] | None = None,
-        layout: Layout | None = None,
+        placement: Placement | None = None,
     ) -> None:
         space = find_space(model, per_layer)
         self.limits = limits or find_limits(space, model.config)
@@ -98,7 +98,7 @@ class Pruner:
                 "build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
-        self.layout, self.per_layer = layout or Layout(), per_layer
+        self.placement, self.per_layer = placement or Placement(), per_layer
         self.pace = pace or SlotPace(slot_steps=1)
         self.compaction_tile = compaction_tile
         self.target_params = target_params
@@ -106,10 +106,10 @@ class Pruner:
         self.removals: list[Removal] = []
         self.step = 0
         self.next_step = 0.0
-        self._ledger = Ledger(space)
+        self.tracker = UnitTracker(space)
         self._planner = self._make_planner()
-        self.scorer = Scorer(self._ledger, self.layout, saliency, score, score_ema)
-        self._norms = LiveNorms(self.layout.compiles)
+        self.scorer = Scorer(self.tracker, self.placement, saliency, score, score_ema)
+        self._norms = LiveNorms(self.placement.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -125,12 +125,12 @@ class Pruner:
     @property
     def space(self) -> Space:
         """The pruning space at the model's present physical shape."""
-        return self._ledger.space
+        return self.tracker.space
 
     @property
     def shape(self) -> Shape:
         """Live units of every bundle."""
-        return self._ledger.shape
+        return self.tracker.shape
 
     @property
     def num_params(self) -> int:
@@ -140,12 +140,12 @@ class Pruner:
     @property
     def retired(self) -> Retired:
         """Units that are zero but not yet compacted, by dim name."""
-        return self._ledger.retired
+        return self.tracker.retired
 
     def source_units(self, name: str) -> list[int | None]:
         """Returns the source's index of every physical unit of a dim, None for one that is retired."""
-        retired = set(self._ledger.retired.get(name, ()))
-        return [None if unit in retired else index for unit, index in enumerate(self._ledger.origin[name])]
+        retired = set(self.tracker.retired.get(name, ()))
+        return [None if unit in retired else index for unit, index in enumerate(self.tracker.origin[name])]
 
     @property
     def done(self) -> bool:
@@ -172,7 +172,7 @@ class Pruner:
             scores: of every unit, by kind: (dims, units), infinity for those that are retired.
             order: which kinds go first at a shape; by default the one whose next group is least salient.
         """
-        plan = self._planner.plan(step, self.next_step, scores, self._ledger, order)
+        plan = self._planner.plan(step, self.next_step, scores, self.tracker, order)
         self._execute(replace(plan, removals=[replace(removal, step=self.step) for removal in plan.removals]))
         self.forget_inputs()
         self._rest_if_done()
@@ -218,48 +218,48 @@ class Pruner:
         self.step += 1
         scores = self.scorer.take(self.is_due(self.step))
         if scores is not None:
-            self._execute(self._planner.plan(self.step, self.next_step, scores, self._ledger))
+            self._execute(self._planner.plan(self.step, self.next_step, scores, self.tracker))
         self.forget_inputs()
         self._rest_if_done()
 
-    def _execute(self, plan: Plan) -> None:
+    def _execute(self, plan: StepPlan) -> None:
         if not self.removals:
             check_state(self.optimizer)  # what it keeps does not change
-        self.layout.check_same(plan.removals)
+        self.placement.check_same(plan.removals)
         if self.sampler:
-            compensate_(self.model, self.space, plan.units, self.sampler, self.layout)
-        retire_(self.model, self.optimizer, self.space, plan.units, self.layout.local, self.layout.first_row)
-        self._ledger.retire(plan.units)
+            compensate_(self.model, self.space, plan.units, self.sampler, self.placement)
+        retire_(self.model, self.optimizer, self.space, plan.units, self.placement.local, self.placement.first_row)
+        self.tracker.retire(plan.units)
         self.removals += plan.removals
         self.next_step = plan.next_step
         kinds = {removal.kind for removal in plan.removals}
         if self._planner.is_landed(self.shape):
             self.compact()
         else:
-            found = (complete_tiles(kind, self._ledger, self.limits, self.compaction_tile) for kind in kinds)
+            found = (complete_tiles(kind, self.tracker, self.limits, self.compaction_tile) for kind in kinds)
             self._compact({bundle: tile for tiles in found for bundle, tile in tiles.items()})
         if any(slot.role == "rider" for dim in self.space.dims() if dim.kind in kinds for slot in dim.slots):
-            count_live_(self.model, self._norms, self.space, self._ledger.retired)
+            count_live_(self.model, self._norms, self.space, self.tracker.retired)
         while self.targets and self._planner.is_landed(self.shape):
             size = self.targets.pop(0)
             if self.on_landing:
                 self.on_landing(size)
 
     def _compact(self, tiles: Mapping[str, int]) -> None:
-        units = self._ledger.waiting(tiles)
+        units = self.tracker.waiting(tiles)
         if units:
             self.scorer.look()  # before units are numbered anew
-            model = self.layout.compact(self.model, self.optimizer, self.space, units)
+            model = self.placement.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
-            self._ledger.renumber(units, find_space(self.model, self.per_layer))
-            count_live_(self.model, self._norms, self.space, self._ledger.retired)
+            self.tracker.renumber(units, find_space(self.model, self.per_layer))
+            count_live_(self.model, self._norms, self.space, self.tracker.retired)
 
     def _move_to(self, model: nn.Module) -> None:
         """Goes on with a model that was built anew at the smaller shape."""
         save_as_before(self.model)
         self.model = model
-        self._norms = LiveNorms(self.layout.compiles)
+        self._norms = LiveNorms(self.placement.compiles)
         if self.sampler:
             self.sampler.close()
             self.sampler = InputSampler(model, find_space(model, self.per_layer))
@@ -293,7 +293,7 @@ class Pruner:
             "source_params": self.source_params,
             "targets": list(self.targets),
             "limits": asdict(self.limits),
-            **self._ledger.state_dict(),
+            **self.tracker.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -302,12 +302,12 @@ class Pruner:
         Raises:
             CheckpointError: if it has another.
         """
-        self._ledger.load_state_dict(state)
+        self.tracker.load_state_dict(state)
         self.step, self.next_step = state["step"], state["next_step"]
         self.source_params, self.targets = state["source_params"], list(state["targets"])
         self.limits = Limits(**state["limits"])
         self.source_size = self.measure(self.limits.source)
         self._planner = self._make_planner()
         self.scorer.clear()
-        count_live_(self.model, self._norms, self.space, self._ledger.retired)
+        count_live_(self.model, self._norms, self.space, self.tracker.retired)
         self._rest_if_done()

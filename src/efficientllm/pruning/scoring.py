@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from efficientllm.pruning.placement import Layout
+from efficientllm.pruning.placement import Placement
 from efficientllm.pruning.saliency import Saliency, Scored, Scores, Sums, score_units, smooth, sum_units
-from efficientllm.pruning.tracker import Ledger
+from efficientllm.pruning.tracker import UnitTracker
 
 MOST_WAITING = 16  # steps whose sums stay on the device before they join the average
 
@@ -19,19 +19,21 @@ Gradient = Callable[[Tensor], Tensor | None]
 
 
 class Scorer:
-    """The scores of the units that a ledger names.
+    """The scores of the units that a tracker names.
 
     Args:
         saliency, scored: as `sum_units` takes them.
-        decay: of the moving average that the ledger keeps; 0 keeps none.
+        decay: of the moving average that the tracker keeps; 0 keeps none.
 
     Attributes:
         is_scored: whether the present gradients have been scored, or need not be.
         fishers: the diagonal Fisher by parameter name, if it is known better than g².
     """
 
-    def __init__(self, ledger: Ledger, layout: Layout, saliency: Saliency, scored: Scored, decay: float) -> None:
-        self.ledger, self.layout = ledger, layout
+    def __init__(
+        self, tracker: UnitTracker, placement: Placement, saliency: Saliency, scored: Scored, decay: float
+    ) -> None:
+        self.tracker, self.placement = tracker, placement
         self.saliency, self.scored, self.decay = saliency, scored, decay
         self.is_scored = False
         self.fishers: Mapping[str, Tensor] | None = None
@@ -57,15 +59,15 @@ class Scorer:
         waiting, self._waiting = self._waiting, []
         scores = None
         for sums in waiting:
-            scores = score_units(self.ledger.space, sums, self.ledger.retired)
+            scores = score_units(self.tracker.space, sums, self.tracker.retired)
             if scores is not None and self.decay:
-                self.ledger.average = scores = smooth(self.ledger.average, scores, self.decay)
+                self.tracker.average = scores = smooth(self.tracker.average, scores, self.decay)
         return scores
 
     def now(self, model: nn.Module, gradient: Gradient | None = None) -> Scores | None:
         """Returns the scores by the present gradients, or by what stands for a parameter's; None if they are broken."""
         sums = self._sum_up(model, gradient or _own)
-        return None if sums is None else score_units(self.ledger.space, sums, self.ledger.retired)
+        return None if sums is None else score_units(self.tracker.space, sums, self.tracker.retired)
 
     def clear(self) -> None:
         """Forgets what has been summed up."""
@@ -74,21 +76,21 @@ class Scorer:
     @torch.no_grad()
     def _sum_up(self, model: nn.Module, gradient: Gradient) -> Sums | None:
         """Returns the summed saliencies of every unit; None without a gradient."""
-        params, local = dict(model.named_parameters()), self.layout.local
+        params, local = dict(model.named_parameters()), self.placement.local
         grads = {name: gradient(param) for name, param in params.items()}
         if all(grad is None for grad in grads.values()):
             return None
         return sum_units(
-            self.ledger.space,
+            self.tracker.space,
             {name: local(param) for name, param in params.items()},
             {name: None if grad is None else local(grad) for name, grad in grads.items()},
             saliency=self.saliency,
             scored=self.scored,
-            retired=self.ledger.retired,
+            retired=self.tracker.retired,
             fishers={name: local(fisher) for name, fisher in self.fishers.items()} if self.fishers else None,
-            first_rows={name: self.layout.first_row(param) for name, param in params.items()},
+            first_rows={name: self.placement.first_row(param) for name, param in params.items()},
             shapes={name: param.shape for name, param in params.items()},
-            add_up=self.layout.sum_shards,
+            add_up=self.placement.sum_shards,
         )
 
 

@@ -1,4 +1,4 @@
-"""Ledger: which units wait to be compacted, and what every unit was called in the source."""
+"""UnitTracker: which units wait to be compacted, and what every unit was called in the source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 from efficientllm.errors import CheckpointError
 from efficientllm.pruning.removal import survivors
 from efficientllm.pruning.saliency import Scores
-from efficientllm.space.dims import Shape, Space
+from efficientllm.space.dims import Dim, Shape, Space, dim_name
 
 
-class Ledger:
+class UnitTracker:
     """Keeps everything that names units right, while a compaction renumbers them.
 
     Attributes:
@@ -55,33 +55,31 @@ class Ledger:
     def counted(self, bundle: str, also_gone: Mapping[str, list[int]]) -> list[bool]:
         """Returns which dims of a bundle count: query dims not, whose KV group is retired or in `also_gone`."""
 
-        def is_live(name: str) -> bool:
-            head, is_query, group = name.partition(".query.")
-            gone = (*self.retired.get(head + ".kv", ()), *also_gone.get(head + ".kv", ())) if is_query else ()
-            return not is_query or int(group) not in gone
+        def is_live(dim: Dim) -> bool:
+            groups = dim_name("kv", dim.layer)
+            return dim.group is None or dim.group not in (*self.retired.get(groups, ()), *also_gone.get(groups, ()))
 
-        return [is_live(dim.name) for dim in self.space.bundles[bundle].dims]
+        return [is_live(dim) for dim in self.space.bundles[bundle].dims]
 
     def in_source(self, chosen: Mapping[str, int]) -> dict[str, int]:
         """Returns chosen units (by dim name) under the source's names and indices."""
-        units = {}
+        dims, units = {dim.name: dim for dim in self.space.dims()}, {}
         for name, unit in chosen.items():
-            head, is_query, group = name.partition(".query.")
-            source = f"{head}.query.{self.origin[head + '.kv'][int(group)]}" if is_query else name
-            units[source] = self.origin[name][unit]
+            dim = dims[name]
+            group = None if dim.group is None else self.origin[dim_name("kv", dim.layer)][dim.group]
+            units[dim_name(dim.kind, dim.layer, group)] = self.origin[name][unit]
         return units
 
     def renumber(self, gone: Mapping[str, list[int]], space: Space) -> None:
         """Forgets compacted units and counts on in `space`, the one that is left."""
         stay = {dim.name: survivors(dim, gone) for dim in self.space.dims()}
-        layers = {dim.layer: stay[dim.name] for dim in self.space.dims() if dim.kind == "kv"}
 
-        def before(name: str) -> str:
+        def before(dim: Dim) -> str:
             """Returns what a dim of the new space was called: a KV group takes its query dim along."""
-            head, is_query, group = name.partition(".query.")
-            return f"{head}.query.{layers[int(head.removeprefix('layers.'))][int(group)]}" if is_query else name
+            group = None if dim.group is None else stay[dim_name("kv", dim.layer)][dim.group]
+            return dim_name(dim.kind, dim.layer, group)
 
-        old = {dim.name: before(dim.name) for dim in space.dims()}
+        old = {dim.name: before(dim) for dim in space.dims()}
         self.origin = {name: [self.origin[was][unit] for unit in stay[was]] for name, was in old.items()}
         if self.average:
             average = {

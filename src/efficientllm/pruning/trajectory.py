@@ -6,8 +6,9 @@ from math import floor
 from typing import NamedTuple
 
 from efficientllm.errors import BudgetError
+from efficientllm.pruning.landing import is_landed, may_become, may_remove
 from efficientllm.pruning.schedule import Pace
-from efficientllm.pruning.selection import Order, is_landed, may_become, may_remove, o_columns
+from efficientllm.pruning.selection import Order, o_columns
 from efficientllm.space.dims import KINDS, Measure, Shape, of_kind, shape_text
 from efficientllm.space.limits import Limits
 

@@ -144,13 +144,13 @@ def training_flops(
 
 def _flops(run: Path, config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], float | None] | None:
     """Returns the FLOPs of all steps up to each row, and those of the source over as many tokens."""
-    found = _first_space(run, config, rows[0 if METHODS[config.method].when != "begun" or len(rows) < 2 else 1])
+    found = _first_space(run, config, rows[0 if METHODS[config.method].when != "initial" or len(rows) < 2 else 1])
     if found is None:
         return None
     space, limits = found
     layers = space.num_layers if space.per_layer else None
     shapes, tokens = [shape_of(row, layers) for row in rows], [row["tokens"] for row in rows]
-    begun = METHODS[config.method].when == "begun"
+    begun = METHODS[config.method].when == "initial"
     teaching = 0.0
     if config.distill is not None:
         teacher = space if config.distill == SOURCE and not begun else _kept_space(teacher_name(config), config)

@@ -34,7 +34,7 @@ from efficientllm.run.logs import check_installed
 from efficientllm.run.progress import Display
 from efficientllm.run.session import Run
 from efficientllm.run.signals import exit_on_sigterm
-from efficientllm.run.source import Source, open_source
+from efficientllm.run.source import SourceModel, open_source
 from efficientllm.space import Space
 from efficientllm.space.dims import widths_text
 from efficientllm.training.memory_estimate import PRECISIONS, default_engine, fitting_micro_batch, frozen_bytes
@@ -73,7 +73,7 @@ def _begin(config: RunConfig, out: Path) -> int:
             write_config(staging, config)
         claim_folder()
 
-    engine.first(make_folder)
+    engine.run_on_main(make_folder)
     corpus = _open_corpus(config, source, out / "data", display)
     code = Run(config, out, source, recipe, corpus, display, engine).go(model, None, teacher)
     engine.close()
@@ -101,7 +101,7 @@ def _resume(config: RunConfig, out: Path) -> int:
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
         raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; bring it back")
-    engine.wait()  # everyone has read what is there
+    engine.barrier()  # everyone has read what is there
 
     def change_folder() -> None:
         if more:
@@ -109,7 +109,7 @@ def _resume(config: RunConfig, out: Path) -> int:
         write_config(out, config)
         claim_folder()
 
-    engine.first(change_folder)
+    engine.run_on_main(change_folder)
     display.say(f"resuming {out} at step {checkpoint.step if checkpoint else 0}")
     model = empty_model(checkpoint.config(), str(out)) if checkpoint else _initial_model(config, engine)
     teacher = load_teacher(config, engine)
@@ -118,7 +118,7 @@ def _resume(config: RunConfig, out: Path) -> int:
     return code
 
 
-def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfig]:
+def _decide(config: RunConfig, source: SourceModel) -> tuple[Engine, Recipe, RunConfig]:
     """Returns what this process trains with, the recipe, and the config with everything filled in that was decided."""
     device = find_device()
     params = source.space.num_params(source.limits.source)
@@ -159,8 +159,8 @@ def _decide(config: RunConfig, source: Source) -> tuple[Engine, Recipe, RunConfi
 
 def _agreed_checkpoint(folder: Path, at_most: int | None, display: Display, engine: Engine) -> Checkpoint | None:
     """Returns the checkpoint that the main rank finds; it alone reads all of it to see that it is whole."""
-    found: Checkpoint | None = engine.first(lambda: last_checkpoint(folder, at_most, display.warn))
-    (step,) = engine.largest(found.step if found else -1)
+    found: Checkpoint | None = engine.run_on_main(lambda: last_checkpoint(folder, at_most, display.warn))
+    (step,) = engine.all_reduce_max(found.step if found else -1)
     return found or (open_checkpoint(folder, step) if step >= 0 else None)
 
 
@@ -174,7 +174,7 @@ def _initial_model(config: RunConfig, engine: Engine) -> "PreTrainedModel":
     return build_model(fresh, torch.float32)
 
 
-def _open_corpus(config: RunConfig, source: Source, folder: Path, display: Display) -> Corpus:
+def _open_corpus(config: RunConfig, source: SourceModel, folder: Path, display: Display) -> Corpus:
     def show(spec: str, documents: int, tokens: int) -> None:
         display.console.print(
             f"reading {spec}: {documents:,} documents, {format_count(tokens)} tokens",
@@ -205,7 +205,7 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _introduce(display: Display, config: RunConfig, source: Source, recipe: Recipe, engine: Engine) -> None:
+def _introduce(display: Display, config: RunConfig, source: SourceModel, recipe: Recipe, engine: Engine) -> None:
     params = source.space.num_params(source.limits.source)
     rows = gcd(
         config.micro_batch_size or 1, rank_rows(config, engine.num_ranks)
@@ -214,7 +214,7 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
     prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
     method, shape = METHODS[config.method], widths_text(source.limits.source)
-    begins = f" (begins with {params:,} parameters: {shape})" if method.when == "begun" else ""
+    begins = f" (begins with {params:,} parameters: {shape})" if method.when == "initial" else ""
     say(f"source {config.model}: {source.family}, {source.num_params:,} parameters" + ("" if begins else f" ({shape})"))
     if config.method != "efficientllm":
         say(f"method {config.method}, which {method.does}{begins}")
@@ -250,7 +250,7 @@ def _introduce(display: Display, config: RunConfig, source: Source, recipe: Reci
         )
 
 
-def _teacher_text(config: RunConfig, source: Source, teacher: Space) -> str:
+def _teacher_text(config: RunConfig, source: SourceModel, teacher: Space) -> str:
     """Returns what the teacher is, what the loss is made of, and what its passes cost."""
     weight, temperature, hidden = config.distill_weight, config.distill_temperature, config.distill_hidden
     terms = f"{1 - weight:g} CE + {weight * temperature**2:g} KL at temperature {temperature:g}"

@@ -1,4 +1,4 @@
-"""The result of a run, or a rung of its ladder: an ordinary model folder with tokenizer and model card."""
+"""The result of a run, or a saved_size of its ladder: an ordinary model folder with tokenizer and model card."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from efficientllm.config.command_line import command_line
 from efficientllm.config.methods import card_words
 from efficientllm.delivery.card import Facts, model_card
 from efficientllm.delivery.huggingface import save_model
-from efficientllm.run.source import Source
+from efficientllm.run.source import SourceModel
 from efficientllm.space.dims import widths
 from efficientllm.training.trainer import Trainer
 
 
 def save_result(
-    folder: Path, trainer: Trainer, source: Source, *, tokens: int, losses: dict[str, float], annealed: bool
+    folder: Path, trainer: Trainer, source: SourceModel, *, tokens: int, losses: dict[str, float], annealed: bool
 ) -> None:
     """Writes the model as it stands; all ranks come here, and the first one writes.
 
@@ -47,4 +47,4 @@ def save_result(
                 dtype=source.dtype,
                 card=model_card(facts, source.path),
             )
-    engine.wait()
+    engine.barrier()

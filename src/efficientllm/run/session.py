@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from efficientllm.baselines.depth import remove_layers_
-from efficientllm.baselines.one_shot import num_batches, remove_at_once
+from efficientllm.baselines.one_shot import num_batches, remove_one_shot
 from efficientllm.config.methods import METHODS
 from efficientllm.config.run_config import FIELDS, RunConfig
 from efficientllm.data.corpus import Corpus
@@ -27,7 +27,7 @@ from efficientllm.run.logs import ExternalLog, JsonLines, read_rows
 from efficientllm.run.progress import Display
 from efficientllm.run.result import save_result
 from efficientllm.run.signals import Interruption
-from efficientllm.run.source import Source
+from efficientllm.run.source import SourceModel
 from efficientllm.space.dims import widths_text
 from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.recipe import Recipe
@@ -48,7 +48,7 @@ class Run:
         self,
         config: RunConfig,
         out: Path,
-        source: Source,
+        source: SourceModel,
         recipe: Recipe,
         corpus: Corpus,
         display: Display,
@@ -99,7 +99,7 @@ class Run:
             begun = self.trainer.step if checkpoint else -1
             rows = [row for row in read_rows(self.out / "metrics.jsonl") if row["step"] <= begun]
             self.valid_losses |= {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
-            self.engine.wait()  # every rank has read
+            self.engine.barrier()  # every rank has read
             self.metrics.cut_back(begun)
             self.removals.cut_back(begun)
             self._begin_feed()
@@ -108,7 +108,7 @@ class Run:
                 if stopped_by:
                     self._checkpoint()
                 self.checkpoints.finish()
-                self.engine.wait()  # the last one has its name
+                self.engine.barrier()  # the last one has its name
             if stopped_by:
                 self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
                 return 128 + stopped_by
@@ -149,7 +149,7 @@ class Run:
             saves = trainer.done or step == recipe.decay_start or _divides(config.checkpoint_every, step)
             # a signal or the clock may reach one rank before another: what counts is what they agree on
             late = not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS
-            signal, overdue = self.engine.largest(interruption.signal, late)
+            signal, overdue = self.engine.all_reduce_max(interruption.signal, late)
             if not (removals or validates or saves or overdue or signal or step % self.settle_steps == 0):
                 continue  # nothing waits for the device
             *rows, last = trainer.metrics.settle()
@@ -174,9 +174,9 @@ class Run:
         if self.display.warned:
             row["warnings"] = self.display.warned
         row = row | self.first_row if self.first_row else self._validated(row)
-        if METHODS[self.config.method].when == "at once":
+        if METHODS[self.config.method].when == "one-shot":
             trainer.feed = self.feed.after(0, self.engine)
-            remove_at_once(trainer, self.source.budget, self.display.calibrating)
+            remove_one_shot(trainer, self.source.budget, self.display.calibrating)
             trainer.feed = self.feed.after(0, self.engine)
             removals = trainer.pruner.removals
         if removals:
@@ -239,16 +239,16 @@ class Run:
         trainer = self.trainer
         state, extra = trainer.state()
         state["data"] = self.corpus.fingerprint
-        self.checkpoints.save(self.engine.share(trainer.tensors()), state, extra, trainer.model.config)
+        self.checkpoints.save(self.engine.checkpoint_shard(trainer.tensors()), state, extra, trainer.model.config)
 
     def _landed(self, size: int) -> None:
-        """Saves the rung of a ladder when the Pruner has landed on it, in the middle of a step."""
+        """Saves the saved_size of a ladder when the Pruner has landed on it, in the middle of a step."""
         if size not in self.config.save_at:
             return
         losses = {"source": self.valid_losses[0]} if 0 in self.valid_losses else {}
         trainer = self.trainer
         if self.valid_rows:
-            losses["rung"] = self._valid_loss()
+            losses["saved_size"] = self._valid_loss()
         tokens = trainer.tokens + self.config.batch_tokens  # of the step that is not over yet
         folder = self.out / "models" / format_count(size)
         self._save(folder, tokens, losses, annealed=size == self.config.target_params and trainer.done)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """What is known of the source model without its weights.
 
     Attributes:
@@ -70,7 +70,7 @@ def floors(config: RunConfig) -> dict[str, int | None]:
     return {name: getattr(config, name) for name in ("min_ffn", "min_hidden", "min_kv")}
 
 
-def open_source(config: RunConfig) -> Source:
+def open_source(config: RunConfig) -> SourceModel:
     """Returns what `open_space` does with budget, tokenizer, the result's dtype and the teacher; reads no weights.
 
     Raises:
@@ -81,7 +81,7 @@ def open_source(config: RunConfig) -> Source:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     budget = open_budget(config, empty, space, limits, tokenizer)
     whole = space
-    if METHODS[config.method].when == "begun":
+    if METHODS[config.method].when == "initial":
         budget = replace(budget, target=space.num_params(limits.source))
         source = load_config(config.model, config.trust_remote_code)
         whole = find_space(empty_model(source, config.model), source.is_heterogeneous)
@@ -92,6 +92,6 @@ def open_source(config: RunConfig) -> Source:
     dtype = DTYPES[config.dtype] if config.dtype else stored if isinstance(stored, torch.dtype) else torch.float32
     teacher = open_teacher(config, whole, tokenizer)
     path = find_model(config.model, weights=config.init == "pretrained" and config.method != "scratch")
-    return Source(
+    return SourceModel(
         path, whole.num_params(whole.shape), space, limits, budget, dtype, empty.config.model_type, tokenizer, teacher
     )

@@ -10,6 +10,7 @@ A bundle holds the same dim of all layers and is named by its kind ("ffn"), or, 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from efficientllm.space.cost import Polynomial
@@ -24,6 +25,19 @@ KINDS = ("hidden", "ffn", "kv", "query")
 def kind_of(bundle: str) -> str:
     """Returns the kind of a bundle from its name: "ffn" of "ffn" and of "layers.3.ffn"."""
     return bundle.rpartition(".")[2]
+
+
+def dim_name(kind: str, layer: int | None = None, group: int | None = None) -> str:
+    """Returns the name of a dim: "hidden", "layers.3.ffn", or "layers.3.query.1" of the query heads of a KV group."""
+    if layer is None:
+        return kind
+    return f"layers.{layer}.{kind}" + (f".{group}" if group is not None else "")
+
+
+def layer_of(path: str) -> int | None:
+    """Returns the layer that a parameter or module stands in, None for those outside."""
+    _, inside, rest = f".{path}".partition(".layers.")
+    return int(rest.partition(".")[0]) if inside else None
 
 
 def in_layer(shape: Shape, layer: int) -> Shape:
@@ -86,13 +100,22 @@ class Slot:
 
 @dataclass(frozen=True)
 class Dim:
-    """A named axis of the model that can shrink: "hidden", "layers.3.ffn", "layers.3.kv", "layers.3.query.1"."""
+    """A named axis of the model that can shrink: "hidden", "layers.3.ffn", "layers.3.kv", "layers.3.query.1".
 
-    name: str
+    Attributes:
+        layer: None for the hidden dimensions, which all layers share.
+        group: the KV group whose query heads these are; None for the other kinds.
+    """
+
     kind: str
     layer: int | None
+    group: int | None
     size: int
     slots: tuple[Slot, ...]
+
+    @cached_property
+    def name(self) -> str:
+        return dim_name(self.kind, self.layer, self.group)
 
 
 @dataclass(frozen=True)

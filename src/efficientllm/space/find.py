@@ -8,7 +8,7 @@ from torch import nn
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.space.cost import Polynomial
-from efficientllm.space.dims import KINDS, Bundle, Dim, Role, Slot, Space, kind_of
+from efficientllm.space.dims import KINDS, Bundle, Dim, Role, Slot, Space, dim_name, kind_of, layer_of
 from efficientllm.space.families import FAMILIES, REFUSED, Label
 
 OUTPUT_LAYERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
@@ -78,7 +78,7 @@ def find_space(model: nn.Module, per_layer: bool = False) -> Space:
     num_params = Polynomial({})
     for name, param in model.named_parameters():  # a tied tensor comes once, under its first name
         labels = _labels(name, table, family, tuple(param.shape))
-        number = _layer_of(name)
+        number = layer_of(name)
         prefix = layers[number].prefix if number is not None else ""
         axes[name] = tuple(
             tuple(each if each in ("vocab", "head_dim", "hidden") else prefix + each for each in parts)
@@ -103,24 +103,18 @@ def find_space(model: nn.Module, per_layer: bool = False) -> Space:
         num_params += cost
 
     dims: dict[str, list[Dim]] = defaultdict(list)  # by bundle
-    dims["hidden"] = [Dim("hidden", "hidden", None, config.hidden_size, tuple(slots["hidden"]))]
+    dims["hidden"] = [Dim("hidden", None, None, config.hidden_size, tuple(slots["hidden"]))]
     for kind in KINDS[1:]:
         for number, layer in enumerate(layers):
             size = {"ffn": layer.ffn, "kv": layer.num_kv, "query": layer.group}[kind]
-            stem = f"layers.{number}.{kind}"
-            names = [f"{stem}.{group}" for group in range(layer.num_kv)] if kind == "query" else [stem]
-            dims[layer.prefix + kind] += [Dim(name, kind, number, size, tuple(slots[name])) for name in names]
+            for group in range(layer.num_kv) if kind == "query" else (None,):
+                owned = tuple(slots[dim_name(kind, number, group)])
+                dims[layer.prefix + kind].append(Dim(kind, number, group, size, owned))
     bundles = {name: Bundle(kind_of(name), tuple(each)) for name, each in dims.items()}
     tied = tuple(
         sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters())))
     )
     return Space(bundles, num_params, head_dim, len(layers), config.vocab_size, tied, axes, costs)
-
-
-def _layer_of(param: str) -> int | None:
-    """Returns the layer that a parameter stands in, None for those outside."""
-    _, inside, rest = f".{param}".partition(".layers.")
-    return int(rest.partition(".")[0]) if inside else None
 
 
 def _labels(name: str, table: dict[str, tuple[Label, ...]], family: str, shape: tuple[int, ...]) -> tuple[Label, ...]:
@@ -153,9 +147,9 @@ def _owners(kind: str, number: int | None, layers: list[_Layer], head_dim: int) 
         return [("hidden", 1, 0)]
     assert number is not None
     if kind == "ffn":
-        return [(f"layers.{number}.ffn", 1, 0)]
+        return [(dim_name("ffn", number), 1, 0)]
     if kind == "kv":
-        return [(f"layers.{number}.kv", head_dim, 0)]
+        return [(dim_name("kv", number), head_dim, 0)]
     num_kv, group = layers[number].num_kv, layers[number].group
-    queries = [(f"layers.{number}.query.{g}", head_dim, g * group * head_dim) for g in range(num_kv)]
-    return [(f"layers.{number}.kv", group * head_dim, 0), *queries]
+    queries = [(dim_name("query", number, g), head_dim, g * group * head_dim) for g in range(num_kv)]
+    return [(dim_name("kv", number), group * head_dim, 0), *queries]

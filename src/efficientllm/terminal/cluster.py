@@ -7,7 +7,7 @@ from efficientllm.config.run_config import RunConfig
 from efficientllm.numbers import format_count
 from efficientllm.planning.cluster_costs import Setup, make_setup, phase_seconds, step_cost
 from efficientllm.planning.gpus import Cluster
-from efficientllm.planning.run_plan import Plan
+from efficientllm.planning.run_plan import RunPlan
 from efficientllm.planning.suggestions import Suggestion, suggest
 from efficientllm.space.dims import Space
 from efficientllm.training.memory_estimate import MEMORY_SHARE, PRECISIONS, frozen_bytes
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 BRIEF = 0.01  # seconds; the calls of a step of a few layers take a CPU as long
 
 
-def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) -> list["str | Table"]:
+def cluster_parts(plan: RunPlan, config: RunConfig, cluster: Cluster, space: Space) -> list["str | Table"]:
     """Returns what a plan costs on a cluster, as lines and tables.
 
     Raises:
         ConfigError: as `make_setup`.
     """
     setup = make_setup(config, cluster, space, plan.source, teacher=plan.teacher)
-    limit = MEMORY_SHARE * cluster.card.memory
+    limit = MEMORY_SHARE * cluster.gpu.memory
     return [
-        f"On {cluster.num_gpus} × {cluster.card.name}, by estimate ({card_words(cluster)})",
+        f"On {cluster.num_gpus} × {cluster.gpu.name}, by estimate ({gpu_words(cluster)})",
         *hours_lines(plan, config, cluster, setup, space),
         step_table(plan, config, cluster, setup, space),
         f"Memory of each GPU in GB, at the source's shape; up to {gigabytes(limit)}, {MEMORY_SHARE} of it, fits",
@@ -37,21 +37,19 @@ def cluster_parts(plan: Plan, config: RunConfig, cluster: Cluster, space: Space)
     ]
 
 
-def card_words(cluster: Cluster) -> str:
+def gpu_words(cluster: Cluster) -> str:
     """Returns what the estimate takes a GPU and its links for."""
-    card = cluster.card
-    flops = (
-        f"{format_count(card.float32_flops)} float32" if math.isnan(card.flops) else f"{format_count(card.flops)} bf16"
-    )
-    words = [f"{flops} FLOP/s", f"{gigabytes(card.memory)} GB"]
+    gpu = cluster.gpu
+    flops = f"{format_count(gpu.float32_flops)} float32" if math.isnan(gpu.flops) else f"{format_count(gpu.flops)} bf16"
+    words = [f"{flops} FLOP/s", f"{gigabytes(gpu.memory)} GB"]
     if cluster.num_gpus > 1:
-        words.append(f"sends {gigabytes(card.bandwidth)} GB/s")
-    if cluster.bandwidth(cluster.num_gpus) < card.bandwidth:
+        words.append(f"sends {gigabytes(gpu.bandwidth)} GB/s")
+    if cluster.bandwidth(cluster.num_gpus) < gpu.bandwidth:
         words[-1] += f", {gigabytes(cluster.bandwidth(cluster.num_gpus))} between machines of {cluster.machine}"
     return ", ".join(words)
 
 
-def hours_lines(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> list[str]:
+def hours_lines(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> list[str]:
     """Returns the engine and why it is that, and the hours of both phases."""
     states = gigabytes(16 * space.num_params(plan.source) + frozen_bytes(plan.teacher, PRECISIONS[setup.precision]))
     what = "states and a teacher" if plan.teacher else "states"
@@ -83,7 +81,7 @@ def hours_lines(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, s
     ]
 
 
-def step_table(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> "Table":
+def step_table(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> "Table":
     """Returns seconds of compute and communication of an optimizer step, and which bounds it, at source and end."""
     traffic = ("sent a GPU", "sending", "bound by") if cluster.num_gpus > 1 else ()
     table = _table("step at", "compute", *traffic, "tokens/s")
@@ -99,11 +97,11 @@ def step_table(plan: Plan, config: RunConfig, cluster: Cluster, setup: Setup, sp
     return table
 
 
-def memory_table(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) -> "Table":
+def memory_table(plan: RunPlan, config: RunConfig, cluster: Cluster, space: Space) -> "Table":
     """Returns the memory of a GPU, in GB, and the hours of the run, for each engine and precision."""
     table = _table("engine", "rows", "states", "copies", "activations", "logits", "peak", "fits", "hours")
     for engine in ("ddp", "fsdp") if cluster.num_gpus > 1 else ("one",):
-        for precision in cluster.card.precisions:
+        for precision in cluster.gpu.precisions:
             setup = make_setup(
                 config, cluster, space, plan.source, engine=engine, precision=precision, teacher=plan.teacher
             )
@@ -123,7 +121,7 @@ def memory_table(plan: Plan, config: RunConfig, cluster: Cluster, space: Space) 
 
 def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     """Returns what the columns of the memory table mean."""
-    copies = ["weights in bf16"] if "bf16" in cluster.card.precisions else []
+    copies = ["weights in bf16"] if "bf16" in cluster.gpu.precisions else []
     if cluster.num_gpus > 1:
         copies += ["ddp's sums of gradients", "what fsdp gathers"]
     if config.distill:
@@ -138,7 +136,7 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     ]
 
 
-def suggestion_lines(suggestions: list[Suggestion], setup: Setup, plan: Plan, space: Space) -> list[str]:
+def suggestion_lines(suggestions: list[Suggestion], setup: Setup, plan: RunPlan, space: Space) -> list[str]:
     """Returns what to change if the run does not fit, each line a way that does by the estimate, fastest first."""
     asked = f"{setup.engine} in {setup.precision}"
     if not suggestions:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientllm.data.documents import Source, parse_source, read_documents
+from efficientllm.data.documents import DataSource, parse_source, read_documents
 from efficientllm.errors import ConfigError
 from efficientllm.evaluation.evaluate import Evaluation, evaluate_model
 from efficientllm.evaluation.paper_results import CLASSES, same_size
@@ -114,7 +114,7 @@ def print_scores(found: Sequence[Evaluation], limit: int | None) -> None:
         _print_tasks(console, found, limit)
 
 
-def _text_source(text: str, reading: Mapping[str, str]) -> Source:
+def _text_source(text: str, reading: Mapping[str, str]) -> DataSource:
     source = parse_source(text)
     if source.weight != 1.0:
         raise ConfigError(f"--text {text}: has a weight; each text is scored by itself, so leave it out")

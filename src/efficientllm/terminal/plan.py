@@ -9,7 +9,7 @@ from efficientllm.distributed.device import default_checkpointing, default_preci
 from efficientllm.models.load import load_tokenizer
 from efficientllm.numbers import format_count
 from efficientllm.planning.gpus import Cluster
-from efficientllm.planning.run_plan import Plan, make_plan, read_kinds, unrounded
+from efficientllm.planning.run_plan import RunPlan, make_plan, read_kinds, unrounded
 from efficientllm.pruning.schedule import LinearPace
 from efficientllm.pruning.trajectory import Planned
 from efficientllm.run.source import floors, open_space
@@ -77,7 +77,7 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
     return 0
 
 
-def shape_table(plan: Plan, space: Space, config: RunConfig, budget: Budget) -> "Table":
+def shape_table(plan: RunPlan, space: Space, config: RunConfig, budget: Budget) -> "Table":
     """Returns the shapes on the way: source, end, every `--save-at`, and some between in even steps of size."""
     from rich import box
     from rich.table import Table
@@ -111,7 +111,7 @@ def milestones(planned: Sequence[Planned], source: int) -> list[int]:
     return sorted({next(i for i, removal in enumerate(planned) if removal.size <= size) for size in wanted})
 
 
-def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
+def schedule_lines(plan: RunPlan, config: RunConfig, recipe: Recipe) -> list[str]:
     """Returns the removals, steps and tokens of the two phases, and the learning rate."""
     counts: Counter[str] = Counter()
     for planned in plan.planned:
@@ -132,7 +132,7 @@ def schedule_lines(plan: Plan, config: RunConfig, recipe: Recipe) -> list[str]:
     ]
 
 
-def rounding_lines(plan: Plan, space: Space, limits: Limits, budget: Budget) -> list[str]:
+def rounding_lines(plan: RunPlan, space: Space, limits: Limits, budget: Budget) -> list[str]:
     """Returns what rounding for `--for` costs in parameters and saves in bytes.
 
     Args:
@@ -155,7 +155,7 @@ def rounding_lines(plan: Plan, space: Space, limits: Limits, budget: Budget) -> 
     ]
 
 
-def flops_lines(plan: Plan) -> list[str]:
+def flops_lines(plan: RunPlan) -> list[str]:
     """Returns the FLOPs of the run beside those of the two ways without it."""
 
     def beside(flops: float) -> str:
@@ -168,7 +168,7 @@ def flops_lines(plan: Plan) -> list[str]:
     ]
 
 
-def teacher_lines(plan: Plan, config: RunConfig, space: Space) -> list[str]:
+def teacher_lines(plan: RunPlan, config: RunConfig, space: Space) -> list[str]:
     """Returns what a teacher's forward passes cost beside the run."""
     if plan.teacher is None:
         return []

@@ -1,10 +1,10 @@
-"""The loss of a student that also learns from a frozen teacher, in chunks like the loss of tokens alone (loss.py).
+"""The loss of a student that also learns from a frozen teacher, in chunks as in cross_entropy.py.
 
     z, t  (n, vocab)  logits of student and teacher      q, p  softmax(z/T), softmax(t/T)      w, T  weight, temperature
 
     loss = (1 - w) · CE(z, next token) + w · T² · KL(p ‖ q)   [+ W · distance of hidden states]
 
-T² keeps the slopes by z of one size, whatever T is (Hinton et al., arXiv 1503.02531, section 2): T² KL has T · (q - p).
+T² keeps the gradient by z of one size, whatever T is (Hinton et al., arXiv 1503.02531, section 2): it is T · (q - p).
 Of both models a chunk's logits stand at once, and half as many tokens make a chunk.
 """
 
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficientllm.training.loss import (
+from efficientllm.training.cross_entropy import (
     chunk_rows,
     chunked,
-    loss_and_slopes_,
+    precise_cross_entropy_and_grad_,
     precise_logits,
-    put_slopes_,
-    soft_cap_,
-    unbend_,
+    softcap_backward_,
+    softcap_forward_,
+    write_grad_,
 )
 
-DistilledSlopes = Callable[[Tensor, Tensor, Tensor, float | None, float, float], Tensor]
+DistillationLoss = Callable[[Tensor, Tensor, Tensor, float | None, float, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationTargets:
     """What a teacher makes of a micro-batch, and how the student's loss uses it.
 
     Attributes:
         states: what the teacher's head reads, (tokens, hidden of the teacher), every position but a row's last.
         head: the teacher's, (vocab, hidden of the teacher).
         scale, cap: of the teacher's logits, as `loss.logit_form` returns them.
-        slopes: `distilled_slopes_`, or it, compiled.
-        rows: tokens of a chunk, at most (default: `loss.chunk_rows`, for both models' logits).
+        loss_and_grad_: `distillation_loss_and_grad_`, or it, compiled.
+        rows: tokens of a chunk, at most (default: `cross_entropy.chunk_rows`, for both models' logits).
         hidden_weight, kept: W, and which of the teacher's hidden dimensions the student has; both or neither.
     """
 
@@ -55,7 +55,7 @@ class Lesson:
     cap: float | None
     weight: float
     temperature: float
-    slopes: DistilledSlopes
+    loss_and_grad_: DistillationLoss
     hidden_weight: float | None = None
     kept: Kept | None = None
     rows: int | None = None
@@ -69,44 +69,44 @@ class Lesson:
             scale, cap: of the student's logits.
         """
 
-        def turn(logits: Tensor, at: slice, factor: float) -> Tensor:
+        def chunk_loss(logits: Tensor, at: slice, factor: float) -> Tensor:
             z = precise_logits(logits, scale)
             theirs = precise_logits(self.states[at] @ self.head.T, self.scale).to(z.dtype)
             if self.cap is not None:
-                soft_cap_(theirs, self.cap)
-            sums = self.slopes(z, theirs, targets[at], cap, self.weight, self.temperature)
-            put_slopes_(logits, z.mul_(scale * factor))
+                softcap_forward_(theirs, self.cap)
+            sums = self.loss_and_grad_(z, theirs, targets[at], cap, self.weight, self.temperature)
+            write_grad_(logits, z.mul_(scale * factor))
             return sums
 
-        loss, parts = chunked(h, W, turn, rows=self.rows or chunk_rows(len(h), len(W), h.device.type, share=2))
+        loss, parts = chunked(h, W, chunk_loss, rows=self.rows or chunk_rows(len(h), len(W), h.device.type, share=2))
         if self.kept is None or self.hidden_weight is None:
             return loss, parts
         distance = state_distance(h, self.states, self.kept)
         return loss + self.hidden_weight * distance, torch.cat([parts, distance.detach()[None]])
 
 
-def distilled_slopes_(
+def distillation_loss_and_grad_(
     logits: Tensor, theirs: Tensor, targets: Tensor, cap: float | None, weight: float, temperature: float
 ) -> Tensor:
-    """Returns the sums of loss, CE and KL over logits (n, vocab), and overwrites them with the loss's slopes.
+    """Returns the sums of loss, CE and KL over logits (n, vocab), and overwrites them with the loss's gradient.
 
     Args:
         logits: the student's, not soft-capped yet.
         theirs: the teacher's (n, vocab), soft-capped if it does that; used up.
     """
-    bend = None if cap is None else soft_cap_(logits, cap)
-    kl = divergence_and_slopes_(logits, theirs, temperature)
-    ce = loss_and_slopes_(logits, targets, None)
+    tanh = None if cap is None else softcap_forward_(logits, cap)
+    kl = kl_and_grad_(logits, theirs, temperature)
+    ce = precise_cross_entropy_and_grad_(logits, targets, None)
     logits.lerp_(theirs, weight)
-    if bend is not None:
-        unbend_(logits, bend)
+    if tanh is not None:
+        softcap_backward_(logits, tanh)
     return torch.stack([(1 - weight) * ce + weight * temperature**2 * kl, ce, kl])
 
 
-def divergence_and_slopes_(logits: Tensor, theirs: Tensor, temperature: float) -> Tensor:
-    """Returns the summed KL(p ‖ q), in nats, and overwrites the teacher's logits with T²·KL's slopes by the student's.
+def kl_and_grad_(logits: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """Returns the summed KL(p ‖ q), in nats; the teacher's logits become T²·KL's gradient by the student's.
 
-    Exactly 0, in value and slopes, where both have the same logits.
+    Exactly 0, in value and gradient, where both have the same logits.
     """
     log_q = torch.log_softmax(logits / temperature, 1)
     log_p = torch.log_softmax(theirs.div_(temperature), 1)

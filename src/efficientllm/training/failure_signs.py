@@ -17,7 +17,7 @@ EARLY = 0.5  # share of what is to go, before which nothing is said about it: FF
 FLAG = {"hidden": "--min-hidden", "ffn": "--min-ffn", "kv": "--min-kv"}
 
 
-class Watch:
+class FailureSigns:
     """Looks at every step for a loss that jumps after a removal, a one-sided selection and exploding gradients."""
 
     def __init__(self, limits: Limits, total_removed: int) -> None:
@@ -27,7 +27,7 @@ class Watch:
         self.removed: dict[str, int] = {}
         self.told: list[str] = []
 
-    def look(self, loss: float, grad_norm: float, removed_before: bool) -> list[str]:
+    def observe(self, loss: float, grad_norm: float, removed_before: bool) -> list[str]:
         """Returns the warnings of one step: its loss (after a removal or not) and gradient norm."""
         found = []
         if removed_before and len(self.losses) >= ENOUGH:
@@ -48,7 +48,7 @@ class Watch:
         self.norms = [*self.norms, grad_norm][-RECENT:]
         return found
 
-    def look_at(self, removals: Sequence[Removal], shape: Shape) -> list[str]:
+    def observe_removals(self, removals: Sequence[Removal], shape: Shape) -> list[str]:
         """Returns the warnings that a step's removals, which led to `shape`, give cause for."""
         found = []
         for removal in removals:

@@ -14,7 +14,7 @@ from math import ceil, isqrt
 from typing import Any
 
 from efficientllm.space.dims import Shape, Space, in_layer
-from efficientllm.training.loss import chunk_rows
+from efficientllm.training.cross_entropy import chunk_rows
 
 FLOAT32 = 4  # bytes
 PRECISIONS = {"float32": FLOAT32, "bf16": 2}  # bytes of a number in the products

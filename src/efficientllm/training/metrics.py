@@ -11,7 +11,7 @@ from torch import Tensor
 from efficientllm.errors import TrainingError
 from efficientllm.pruning import Removal
 from efficientllm.space.dims import Shape
-from efficientllm.training.failure_signs import Watch
+from efficientllm.training.failure_signs import FailureSigns
 
 MOST_SKIPPED = 5  # steps in a row without a finite loss
 
@@ -23,8 +23,8 @@ class Metrics:
         skipped: steps whose loss or gradient was not finite, up to the last `settle`.
     """
 
-    def __init__(self, watch: Watch, batch_tokens: int) -> None:
-        self.watch, self.batch_tokens = watch, batch_tokens
+    def __init__(self, signs: FailureSigns, batch_tokens: int) -> None:
+        self.signs, self.batch_tokens = signs, batch_tokens
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._broken_at: int | None = None  # the last of too many steps in a row
@@ -81,13 +81,13 @@ class Metrics:
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "removed_last": self._removed_last,
-            "watch": self.watch.state_dict(),
+            "watch": self.signs.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self._removed_last = state["removed_last"]
-        self.watch.load_state_dict(state["watch"])
+        self.signs.load_state_dict(state["watch"])
 
     def _finish(
         self, row: dict[str, Any], loss: float, norm: float, removals: Sequence[Removal], shape: Shape
@@ -96,8 +96,8 @@ class Metrics:
         self.skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         warnings = row.pop("warnings")
-        warnings += self.watch.look(loss, norm, self._removed_last) if finite else []
-        warnings += self.watch.look_at(removals, shape)
+        warnings += self.signs.observe(loss, norm, self._removed_last) if finite else []
+        warnings += self.signs.observe_removals(removals, shape)
         self._removed_last = bool(removals)
         if self._skipped_in_a_row == MOST_SKIPPED:
             self._broken_at = row["step"]

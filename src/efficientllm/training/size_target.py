@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import BudgetError
-from efficientllm.pruning.selection import can_land
+from efficientllm.pruning.landing import can_land
 from efficientllm.space.dims import Measure, Shape, Space, of_kind, shape_text
 from efficientllm.space.limits import Limits, check_target
 

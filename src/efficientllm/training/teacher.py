@@ -13,7 +13,7 @@ from efficientllm.distributed.engine import Engine
 from efficientllm.errors import ConfigError
 from efficientllm.models.load import empty_model, load_config, load_model, load_tokenizer
 from efficientllm.space import Space, find_space
-from efficientllm.training.distillation import Kept, Lesson, distilled_slopes_
+from efficientllm.training.distillation import DistillationTargets, Kept, distillation_loss_and_grad_
 from efficientllm.training.loss import logit_form, whole_rows
 
 if TYPE_CHECKING:
@@ -32,25 +32,25 @@ class Teacher:
     def __init__(self, model: "PreTrainedModel", config: RunConfig, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.scale, self.cap = logit_form(model.config)
-        self.slopes = engine.compiled(distilled_slopes_)
+        self.loss_and_grad_ = engine.compiled(distillation_loss_and_grad_)
         returns_states_(model)
         self.model = engine.frozen(model)
         self._units: Sequence[int | None] = ()
         self._kept: Kept | None = None
 
     @torch.no_grad()
-    def lesson(self, tokens: Tensor) -> Lesson:
+    def targets(self, tokens: Tensor) -> DistillationTargets:
         """Returns what the teacher makes of a micro-batch of token ids (rows, seq_len): one forward pass."""
         with self.engine.autocast(), whole_rows():
             states, head = self.model(input_ids=tokens)
-        return Lesson(
+        return DistillationTargets(
             states[:, :-1].flatten(0, 1),
             head,
             self.scale,
             self.cap,
             self.config.distill_weight,
             self.config.distill_temperature,
-            self.slopes,
+            self.loss_and_grad_,
             self.config.distill_hidden,
             self._kept,
         )

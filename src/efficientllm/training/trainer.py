@@ -19,9 +19,10 @@ from efficientllm.errors import TrainingError
 from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
 from efficientllm.space.dims import widths
-from efficientllm.training.failure_signs import Watch
+from efficientllm.training.cross_entropy import cross_entropy_and_grad_
+from efficientllm.training.failure_signs import FailureSigns
 from efficientllm.training.fisher import Fisher
-from efficientllm.training.loss import chunked_loss_, token_slopes_
+from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.memory_estimate import divisors
 from efficientllm.training.metrics import Metrics
 from efficientllm.training.recipe import FINAL_LR, Recipe
@@ -66,7 +67,7 @@ class Trainer:
         self.micro_batch_size = config.micro_batch_size or 1
         model.train()
         checkpoint_(model, config.activation_checkpointing or "none")
-        chunked_loss_(model, engine.compiled(token_slopes_))
+        chunked_loss_(model, engine.compiled(cross_entropy_and_grad_))
         model = engine.wrap(model)
         self.teacher = Teacher(teacher, config, engine) if teacher is not None else None
         self.optimizer = make_optimizer(model, recipe)
@@ -96,10 +97,10 @@ class Trainer:
             save_at=config.save_at,
             on_landing=on_landing,
             compaction_tile=engine.compaction_tile if method.compacts else NEVER,
-            layout=engine,
+            placement=engine,
         )
         params, size = self.pruner.source_params, self.pruner.source_size
-        watch = Watch(limits, params - params * target // size)
+        watch = FailureSigns(limits, params - params * target // size)
         self.metrics = Metrics(watch, config.batch_tokens)
         self.feed: Iterator[Tensor] = iter(())
         self.step = 0
@@ -128,7 +129,7 @@ class Trainer:
         figures, fishers = self._backward(step)
         loss, *parts = figures  # the saliency's gradients are those of all of the loss
         gradients = [param.grad for param in self.model.parameters() if param.grad is not None]
-        norm = self.engine.whole(get_total_norm(gradients))
+        norm = self.engine.full_tensor(get_total_norm(gradients))
         before = len(self.pruner.removals)
         self.pruner.scorer.fishers = fishers
         self.pruner.score()  # before clipping: the Fisher form is not indifferent to it
@@ -278,14 +279,14 @@ class Trainer:
             total = total + torch.cat([loss.detach()[None], parts])
             if fisher:
                 fisher.add()
-        return engine.mean(total) / len(micro_batches), fisher.finish() if fisher else None
+        return engine.all_reduce_mean(total) / len(micro_batches), fisher.finish() if fisher else None
 
     def _loss(self, rows: Tensor) -> tuple[Any, Tensor]:
         """Returns the loss of a micro-batch, and its parts if there is a teacher."""
-        lesson = self.teacher.lesson(rows) if self.teacher else None  # before the pass whose activations must stay
+        targets = self.teacher.targets(rows) if self.teacher else None  # before the pass whose activations must stay
         with self.engine.autocast():
-            output = self.engine.forward(self.model)(input_ids=rows, labels=rows, lesson=lesson, use_cache=False)
-        return output if lesson else (output.loss, output.loss.new_empty(0))
+            output = self.engine.forward(self.model)(input_ids=rows, labels=rows, targets=targets, use_cache=False)
+        return output if targets else (output.loss, output.loss.new_empty(0))
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -28,4 +28,4 @@ def validation_loss(model: nn.Module, rows: Sequence[NDArray[Any]], micro_batch_
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         total += float(loss) * len(mine)
     model.train(was_training)
-    return float(engine.mean(total.to(engine.device))) * engine.num_ranks / len(rows)
+    return float(engine.all_reduce_mean(total.to(engine.device))) * engine.num_ranks / len(rows)

@@ -11,7 +11,7 @@ from efficientllm.cli import main
 from efficientllm.delivery import llama_cpp
 from efficientllm.delivery.gguf.size import FileSize, row_blocks
 from efficientllm.errors import UnsupportedModelError
-from efficientllm.pruning.selection import can_land, is_landed, may_remove
+from efficientllm.pruning.landing import can_land, is_landed, may_remove
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.dims import Measure, Shape
 from helpers.edge import byte_level_tokenizer, save

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from efficientllm.delivery.gguf.architecture import ARCHITECTURES, Value, head_dim, query_scale, rope_parameters
 from efficientllm.errors import UnsupportedModelError
+from efficientllm.space.dims import layer_of
 
 Array = NDArray[Any]
 
@@ -107,8 +108,7 @@ def pieces(model: Any, name: str) -> list[Piece]:
 
 def _layer_config(param: str, config: Any) -> Any:
     """Returns the config of the layer that a parameter stands in, the first layer's for those outside."""
-    _, inside, rest = param.partition(".layers.")
-    return config.per_layer_config[int(rest.partition(".")[0]) if inside else 0]
+    return config.per_layer_config[layer_of(param) or 0]
 
 
 def _split(param: str, weight: Tensor, config: Any, fused: bool) -> Iterator[tuple[str, int, int]]:
