@@ -153,10 +153,31 @@ def test_plan_takes_what_changes_shape_schedule_or_memory(capsys: pytest.Capture
     )
     assert main(["plan", "M", *flags.split()]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert (config["min_kv"], config["saliency"], config["data"]) == (2, "fisher", [])
+    assert (config["min_kv"], config["saliency"], config["data"]) == (2, "taylor2", [])
     assert config["activation_checkpointing"] == "full"
     for pace in ("--slot-steps", "--removals-per-step"):
         assert main(["plan", "M", "--target-params", "1M", pace, "0.5", "--print_config"]) == 0  # no tokens needed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--score", "all"], ["--scored-layers", "all"]),
+        (["--saliency", "first"], ["--saliency", "taylor1"]),
+        (["--saliency", "fisher"], ["--saliency", "taylor2"]),
+    ],
+)
+def test_what_flags_were_called_still_works(
+    old: list[str], new: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = printed_config(capsys, *new)
+    assert printed_config(capsys, *old) == config
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{old[0].removeprefix('--')}: {old[1]}\n")  # as old run folders have it
+    assert printed_config(capsys, "--config", str(file)) == config
+    assert main(["prune", "--print-config", *new]) == 0 and yaml.safe_load(capsys.readouterr().out) == config
+    assert main(["prune", "--help"]) == 0
+    assert not re.search(r"--score |first\||fisher|print_config", capsys.readouterr().out)
 
 
 # Mistakes

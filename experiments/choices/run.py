@@ -11,42 +11,45 @@ from scales import Scale
 CHOICES = {
     "efficientllm": ("the defaults", {}),
     "distill": ("--distill", {"distill": True}),
-    "fisher": ("--saliency fisher, squares of single rows", {"saliency": "fisher", "micro_batch_size": 1}),
-    "score-all": ("--score all", {"score": "all"}),
+    "fisher": ("--saliency taylor2, squares of single rows", {"saliency": "taylor2", "micro_batch_size": 1}),
+    "score-all": ("--scored-layers all", {"scored_layers": "all"}),
     "ema": ("--score-ema 0.9", {"score_ema": 0.9}),
     "no-stem": ("hidden size kept (--min-hidden 64)", {"min_hidden": 64}),
     "no-heads": ("heads kept (--min-kv 4)", {"min_kv": 4}),
     "per-layer": ("--layout per-layer", {"layout": "per-layer"}),
-    "score-all-compensate": ("--score all --compensate", {"score": "all", "compensate": True}),
-    "quick-all": ("--score all, pruning in 1/8 of the tokens", {"score": "all", "prune_tokens": 153_600}),
+    "score-all-compensate": ("--scored-layers all --compensate", {"scored_layers": "all", "compensate": True}),
+    "quick-all": (
+        "--scored-layers all, pruning in 1/8 of the tokens",
+        {"scored_layers": "all", "prune_tokens": 153_600},
+    ),
     "quick-all-ema": (
-        "--score all --score-ema 0.9, pruning in 1/8 of the tokens",
-        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9},
+        "--scored-layers all --score-ema 0.9, pruning in 1/8 of the tokens",
+        {"scored_layers": "all", "prune_tokens": 153_600, "score_ema": 0.9},
     ),
     "quick-all-ema-compensate": (
         "the same with --compensate",
-        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9, "compensate": True},
+        {"scored_layers": "all", "prune_tokens": 153_600, "score_ema": 0.9, "compensate": True},
     ),
     "quarter-all-ema": (
-        "--score all --score-ema 0.9, pruning in 1/4 of the tokens",
-        {"score": "all", "prune_tokens": 307_200, "score_ema": 0.9},
+        "--scored-layers all --score-ema 0.9, pruning in 1/4 of the tokens",
+        {"scored_layers": "all", "prune_tokens": 307_200, "score_ema": 0.9},
     ),
-    "all-ema": ("--score all --score-ema 0.9", {"score": "all", "score_ema": 0.9}),
+    "all-ema": ("--scored-layers all --score-ema 0.9", {"scored_layers": "all", "score_ema": 0.9}),
     "quick-ema": ("--score-ema 0.9, pruning in 1/8 of the tokens", {"prune_tokens": 153_600, "score_ema": 0.9}),
     "quick-all-ema-distill": (
-        "--score all --score-ema 0.9 --distill, pruning in 1/8 of the tokens",
-        {"score": "all", "prune_tokens": 153_600, "score_ema": 0.9, "distill": True},
+        "--scored-layers all --score-ema 0.9 --distill, pruning in 1/8 of the tokens",
+        {"scored_layers": "all", "prune_tokens": 153_600, "score_ema": 0.9, "distill": True},
     ),
     "quarter-all-ema97": (
-        "--score all --score-ema 0.97, pruning in 1/4 of the tokens",
-        {"score": "all", "prune_tokens": 307_200, "score_ema": 0.97},
+        "--scored-layers all --score-ema 0.97, pruning in 1/4 of the tokens",
+        {"scored_layers": "all", "prune_tokens": 307_200, "score_ema": 0.97},
     ),
     "one-shot-obs-distill": (
         "--method one-shot-obs --distill, to compare with",
         {"method": "one-shot-obs", "prune_tokens": None, "distill": True},
     ),
-    "score-all-per-layer": ("--score all --layout per-layer", {"score": "all", "layout": "per-layer"}),
-    "score-all-distill": ("--score all --distill", {"score": "all", "distill": True}),
+    "score-all-per-layer": ("--scored-layers all --layout per-layer", {"scored_layers": "all", "layout": "per-layer"}),
+    "score-all-distill": ("--scored-layers all --distill", {"scored_layers": "all", "distill": True}),
 }
 
 

@@ -12,7 +12,7 @@ from scales import Scale
 METHODS = {
     "efficientllm": {},
     "one-shot": {"method": "one-shot"},
-    "one-shot-all": {"method": "one-shot", "score": "all"},
+    "one-shot-all": {"method": "one-shot", "scored_layers": "all"},
     "one-shot-global": {"method": "one-shot", "allocation": "global"},
     "one-shot-obs": {"method": "one-shot-obs"},
     "magnitude": {"method": "magnitude"},
@@ -35,7 +35,7 @@ OBS = {"method": "one-shot-obs", **NOT_GRADUAL}
 
 def found_flags(scale: Scale, factor: float = 1) -> dict[str, object]:
     """Returns the settings that experiments/choices found best at the tiny scale."""
-    return {"score": "all", "score_ema": 0.9, "prune_tokens": int(scale.tokens * factor / 4)}
+    return {"scored_layers": "all", "score_ema": 0.9, "prune_tokens": int(scale.tokens * factor / 4)}
 
 
 def runs(scale: Scale) -> Sequence[Run]:

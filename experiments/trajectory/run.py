@@ -11,7 +11,7 @@ from scales import Scale
 
 NAMES = {
     "efficientllm": "the defaults",
-    "score-all": "--score all",
+    "score-all": "--scored-layers all",
     "ema": "--score-ema 0.9",
     "all-ema": "both",
     "quick-all-ema": "both, in 1/8 of the tokens",
@@ -21,10 +21,10 @@ KINDS = {"query": "query heads", "kv": "KV groups", "ffn": "FFN channels", "hidd
 
 def runs(scale: Scale) -> Sequence[Run]:
     flags = {
-        "score-all": {"score": "all"},
+        "score-all": {"scored_layers": "all"},
         "ema": {"score_ema": 0.9},
-        "all-ema": {"score": "all", "score_ema": 0.9},
-        "quick-all-ema": {"score": "all", "score_ema": 0.9, "prune_tokens": scale.tokens // 8},
+        "all-ema": {"scored_layers": "all", "score_ema": 0.9},
+        "quick-all-ema": {"scored_layers": "all", "score_ema": 0.9, "prune_tokens": scale.tokens // 8},
     }
     return [Run(name, flags.get(name, {})) for name in NAMES]
 

@@ -16,12 +16,12 @@ SIZE = {"target_params": 300_000}  # half of it
 FLAGS = {
     "demo": ("the defaults", SIZE),
     "demo-ema": ("--score-ema 0.9", {**SIZE, "score_ema": 0.9}),
-    "demo-all": ("--score all", {**SIZE, "score": "all"}),
-    "demo-all-ema": ("--score all --score-ema 0.9", {**SIZE, "score": "all", "score_ema": 0.9}),
+    "demo-all": ("--scored-layers all", {**SIZE, "scored_layers": "all"}),
+    "demo-all-ema": ("--scored-layers all --score-ema 0.9", {**SIZE, "scored_layers": "all", "score_ema": 0.9}),
     "demo-quarter": ("pruning in 1/4 of the tokens", {**SIZE, "prune_tokens": 307_200}),
     "demo-quarter-all-ema": (
-        "--score all --score-ema 0.9, pruning in 1/4 of the tokens",
-        {**SIZE, "score": "all", "score_ema": 0.9, "prune_tokens": 307_200},
+        "--scored-layers all --score-ema 0.9, pruning in 1/4 of the tokens",
+        {**SIZE, "scored_layers": "all", "score_ema": 0.9, "prune_tokens": 307_200},
     ),
     "demo-one-shot": ("one-shot", {**SIZE, "method": "one-shot", "prune_tokens": None}),
     "demo-one-shot-obs": ("one-shot-obs", {**SIZE, "method": "one-shot-obs", "prune_tokens": None}),

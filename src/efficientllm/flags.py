@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from efficientllm import __version__
-from efficientllm.config.run_config import FIELDS, GGUF_TYPES, flag_name
+from efficientllm.config.run_config import FIELDS, GGUF_TYPES, OLD_NAMES, flag_name
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import SUFFIXES
 
@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
         "shape_of",
         "calibration_tokens",
         "saliency",
-        "score",
+        "scored_layers",
         "score_ema",
         "compensate",
         "layout",
@@ -239,9 +239,10 @@ def _add_fields(parser: argparse._ActionsContainer, names: Iterable[str]) -> Non
             action["action"] = "append"
         elif metadata["bare"] is not None:
             action |= {"nargs": "?", "const": metadata["bare"]}
-        parser.add_argument(
-            flag_name(name), dest=name, default=argparse.SUPPRESS, help=metadata["help"] + _default(name), **action
-        )
+        action |= {"dest": name, "default": argparse.SUPPRESS}
+        parser.add_argument(flag_name(name), help=metadata["help"] + _default(name), **action)
+        for old in (old for old, now in OLD_NAMES.items() if now == name):
+            parser.add_argument(flag_name(old), help=argparse.SUPPRESS, **action)
 
 
 def _default(name: str) -> str:
@@ -257,4 +258,5 @@ def _default(name: str) -> str:
 
 def _add_config(parser: Parser) -> None:
     parser.add_argument("--config", metavar="YAML", help="file with values for any of these flags; flags win")
-    parser.add_argument("--print_config", action="store_true", help="print what the flags and the file make, and leave")
+    parser.add_argument("--print-config", action="store_true", help="print what the flags and the file make, and leave")
+    parser.add_argument("--print_config", action="store_true", help=argparse.SUPPRESS)  # as it was spelled

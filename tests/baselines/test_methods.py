@@ -362,7 +362,7 @@ def given(**values: Any) -> RunConfig:
         ({"method": "one-shot", "target_params": 9, "save_at": (10,)}, ["--save-at", "before the first step"]),
         ({"method": "one-shot", "target_params": 9, "slot_steps": 1.0}, ["--slot-steps"]),
         ({"method": "one-shot", "target_params": 9, "score_ema": 0.9}, ["--score-ema"]),
-        ({"method": "one-shot-obs", "target_params": 9, "saliency": "fisher"}, ["--saliency"]),
+        ({"method": "one-shot-obs", "target_params": 9, "saliency": "taylor2"}, ["--saliency"]),
         ({"method": "magnitude", "target_params": 9, "calibration_tokens": 9}, ["--calibration-tokens"]),
         ({"method": "depth", "target_bytes": 9, "for_type": "q8_0"}, ["--target-bytes"]),
         ({"method": "depth", "target_params": 9, "min_ffn": 9}, ["--min-ffn"]),
@@ -386,7 +386,14 @@ def test_flags_that_mean_nothing_are_refused(values: dict[str, Any], words: list
 def test_what_methods_take() -> None:
     validate(given(method="one-shot", target_params=9))
     validate(
-        given(method="one-shot", target_params=9, prune_tokens=2048, compensate=True, saliency="fisher", score="all")
+        given(
+            method="one-shot",
+            target_params=9,
+            prune_tokens=2048,
+            compensate=True,
+            saliency="taylor2",
+            scored_layers="all",
+        )
     )
     validate(given(method="scratch", shape_of="r"))
     validate(given(method="depth", target_params=9, calibration_tokens=512))

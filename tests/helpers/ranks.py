@@ -158,7 +158,12 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
             if name != names[0] or compensate:
                 continue
             # what the rest of a run can be asked for, at once; F needs the same rows in every micro-batch of all ranks
-            more = {"saliency": "fisher", "score_ema": 0.5, "score": "all", "activation_checkpointing": "selective"}
+            more = {
+                "saliency": "taylor2",
+                "score_ema": 0.5,
+                "scored_layers": "all",
+                "activation_checkpointing": "selective",
+            }
             expected_more = whole(Engine(CPU), name, True, **more)
             for kind in engines:
                 results[f"{kind} {name} fisher"] = compare(expected_more, whole(make_engine(kind), name, True, **more))

@@ -364,7 +364,7 @@ CASES = [
     ("13B", 16, "H100", {"seq_len": 4096}),
     ("70B", 64, "H200", {"activation_checkpointing": "full"}),
     ("70B", 8, "L4", {}),
-    ("7B", 2, "H100", {"compensate": True, "saliency": "fisher"}),
+    ("7B", 2, "H100", {"compensate": True, "saliency": "taylor2"}),
     ("13B", 8, "H100", {"precision": "float32"}),
     ("7B", 8, "V100-32GB", {}),
 ]

@@ -168,7 +168,7 @@ def test_compacting_at_once_or_later_is_the_same(name: str, heads: str, settings
 @pytest.mark.parametrize("name, heads", EVERY)
 @pytest.mark.parametrize("compensate", [False, True], ids=["A", "B"])
 @pytest.mark.parametrize("score", ["output", "all"])
-@pytest.mark.parametrize("saliency", ["first", "fisher"])
+@pytest.mark.parametrize("saliency", ["taylor1", "taylor2"])
 def test_compacting_at_once_or_later_is_the_same_for_all(
     name: str, heads: str, compensate: bool, score: Any, saliency: Any
 ) -> None:
@@ -433,7 +433,7 @@ def test_a_pruner_that_is_gone_lets_its_model_be_saved(tmp_path: Path) -> None:
     assert_loads(twin, tmp_path / "b")  # a copy saves itself, not what it was copied from
 
 
-@pytest.mark.parametrize("settings", [{}, {"score_ema": 0.7, "saliency": "fisher"}, {"compensate": True}])
+@pytest.mark.parametrize("settings", [{}, {"score_ema": 0.7, "saliency": "taylor2"}, {"compensate": True}])
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_state_continues_bitwise(name: str, settings: dict[str, Any]) -> None:
     def make(model: Any, limits: Any) -> Pruner:

@@ -127,15 +127,15 @@ def test_unit_scores_are_means_over_their_elements(name: str, scored: str) -> No
     other = scores_of(model, scored="all" if scored == "output" else "output")
     assert all(not torch.allclose(found[kind], other[kind]) for kind in found)  # control
     fisher = plain_scores(model, scored, second_order)
-    found = scores_of(model, scored=scored, saliency="fisher")
+    found = scores_of(model, scored=scored, saliency="taylor2")
     assert found["ffn"][0].tolist() == pytest.approx(fisher["layers.0.ffn"], rel=1e-9)
 
 
 def test_given_fishers_are_used() -> None:
     model, weights, grads = trained()
     squares = {key: grad**2 for key, grad in grads.items()}
-    own, given = scores_of(model, saliency="fisher"), scores_of(model, saliency="fisher", fishers=squares)
-    more = scores_of(model, saliency="fisher", fishers={key: 1e6 * square for key, square in squares.items()})
+    own, given = scores_of(model, saliency="taylor2"), scores_of(model, saliency="taylor2", fishers=squares)
+    more = scores_of(model, saliency="taylor2", fishers={key: 1e6 * square for key, square in squares.items()})
     for kind in own:
         torch.testing.assert_close(own[kind], given[kind])
         assert (more[kind] > own[kind]).all()

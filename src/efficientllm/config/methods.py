@@ -11,7 +11,7 @@ GRADUAL = (
     "slot_steps",
     "removals_per_step",
     "saliency",
-    "score",
+    "scored_layers",
     "score_ema",
     "compensate",
     "layout",
@@ -53,7 +53,7 @@ METHODS = {
     "one-shot": Method(
         "one-shot",
         "removes everything before the first step, by first-order saliency over calibration batches",
-        (*ONE_SHOT, "calibration_tokens", "saliency", "score", "compensate"),
+        (*ONE_SHOT, "calibration_tokens", "saliency", "scored_layers", "compensate"),
     ),
     "one-shot-obs": Method(
         "one-shot",
@@ -63,7 +63,9 @@ METHODS = {
         compensates=True,
     ),
     "magnitude": Method(
-        "one-shot", "removes everything before the first step, by the mean square of weights", (*ONE_SHOT, "score")
+        "one-shot",
+        "removes everything before the first step, by the mean square of weights",
+        (*ONE_SHOT, "scored_layers"),
     ),
     "activation": Method(
         "one-shot",

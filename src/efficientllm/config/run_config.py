@@ -14,6 +14,8 @@ from efficientllm.numbers import parse_bytes, parse_count
 AUTO = ("micro_batch_size", "round_to")  # flags that say so for what they are without a value
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 KEYWORDS = {"for": "for_type"}  # flags that are no names in Python, and their fields
+OLD_NAMES = {"score": "scored_layers"}  # what fields were called; flags, YAML and run folders may still say so
+OLD_VALUES = {"saliency": {"first": "taylor1", "fisher": "taylor2"}}
 SOURCE = "source"  # the teacher that --distill without a value means
 CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
 PACES = ("prune_tokens", "slot_steps", "removals_per_step")
@@ -65,8 +67,14 @@ class RunConfig:
     distill_temperature: float = _flag(1.0, "of both models' distributions where they are compared", "T")
     distill_hidden: float | None = _flag(None, "weight of the last hidden states' distance from the teacher's", "W")
     compensate: bool = _flag(False, "second-order update of the weights that stay")
-    saliency: str = _flag("first", "Taylor order of the saliency", choices=("first", "fisher"))
-    score: str = _flag("output", "matrices that are scored", choices=("output", "all"))
+    saliency: str = _flag(
+        "taylor1",
+        "taylor1: |w·g|; taylor2: with the diagonal Fisher's second-order term",
+        choices=("taylor1", "taylor2"),
+    )
+    scored_layers: str = _flag(
+        "output", "matrices that are scored: those that write to the residual stream, or all", choices=("output", "all")
+    )
     layout: str = _flag("uniform", "per-layer: layers may end with different widths", choices=("uniform", "per-layer"))
     score_ema: float = _flag(0.0, "moving average of the saliency, 0 to below 1", "X")
     slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
@@ -127,11 +135,11 @@ def known_keys(mapping: Mapping[Any, Any], where: str) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
-        name = KEYWORDS.get(name, name)
+        name = OLD_NAMES.get(name, KEYWORDS.get(name, name))
         if name not in FIELDS:
             raise ConfigError(f"{where}: unknown key '{key}'; did you mean {nearest(name, FIELDS)}?")
         if name in named:
-            raise ConfigError(f"{where}: '{key}' stands there twice, with a dash and an underscore; keep one")
+            raise ConfigError(f"{where}: '{key}' is given twice, under two spellings; keep one")
         named[name] = value
     return named
 
@@ -147,7 +155,7 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
     if kind is int:
         return (parse_bytes if name == "target_bytes" else parse_count)(value, flag_name(name))
     if kind is str:
-        return str(value)
+        return OLD_VALUES.get(name, {}).get(value, str(value))
     try:
         return float(value)
     except ValueError:

@@ -109,7 +109,7 @@ def make_setup(
     shards = (config.shards or cluster.machine) if engine == "fsdp" else 1
     more: dict[str, Any] = {
         "compensate": config.compensate,
-        "fisher": config.saliency == "fisher",
+        "fisher": config.saliency == "taylor2",
         "activation_checkpointing": config.activation_checkpointing or "none",
         "activation_bytes": PRECISIONS[precision],
         "engine": engine,

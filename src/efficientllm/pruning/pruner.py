@@ -9,7 +9,7 @@ follow right after it (method.md section 7).
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -41,7 +41,8 @@ class Pruner:
         target_params: the size to land on; the result has less than one FFN tile fewer.
         measure: what targets, landing and pace count instead of parameters: the bytes of a file, say.
         pace: when removals are due: `SlotPace` (the paper's) or `LinearPace(steps, warmup_steps)`.
-        saliency, score, score_ema: first order or "fisher"; "output" layers or "all"; decay of a moving average.
+        saliency, score, score_ema: "taylor1" or "taylor2" ("first" and "fisher" until 0.2); "output" layers or "all";
+            decay of a moving average.
         compensate: the second-order update of variant B.
         per_layer: whether layers shrink each on its own and may end with different widths: a minimal parameter group is
             then one layer's. A model whose layers differ at the end is saved with a small file of remote code.
@@ -69,7 +70,7 @@ class Pruner:
         *,
         measure: Measure | None = None,
         pace: Pace | None = None,
-        saliency: Saliency = "first",
+        saliency: Saliency | Literal["first", "fisher"] = "taylor1",
         score: Scored = "output",
         score_ema: float = 0.0,
         compensate: bool = False,
@@ -108,7 +109,8 @@ class Pruner:
         self.next_step = 0.0
         self.tracker = UnitTracker(space)
         self._planner = self._make_planner()
-        self.scorer = Scorer(self.tracker, self.placement, saliency, score, score_ema)
+        order: Any = {"first": "taylor1", "fisher": "taylor2"}.get(saliency, saliency)
+        self.scorer = Scorer(self.tracker, self.placement, order, score, score_ema)
         self._norms = LiveNorms(self.placement.compiles)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),

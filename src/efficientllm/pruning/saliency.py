@@ -14,7 +14,7 @@ from torch import Tensor
 from efficientllm.space.dims import Slot, Space
 
 Scored = Literal["output", "all"]
-Saliency = Literal["first", "fisher"]
+Saliency = Literal["taylor1", "taylor2"]
 Scores = dict[str, Tensor]  # by bundle: (its dims, units), float32, on the CPU
 Retired = Mapping[str, list[int]]  # units that are zero but not yet compacted, by dim name
 
@@ -34,8 +34,8 @@ def second_order(weight: Tensor, grad: Tensor, fisher: Tensor | None = None) -> 
 
 
 SALIENCIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    "first": first_order,
-    "fisher": second_order,
+    "taylor1": first_order,
+    "taylor2": second_order,
 }
 
 
@@ -78,7 +78,7 @@ def sum_units(
     weights: Mapping[str, Tensor],
     grads: Mapping[str, Tensor | None],
     *,
-    saliency: Saliency = "first",
+    saliency: Saliency = "taylor1",
     scored: Scored = "output",
     retired: Retired | None = None,
     fishers: Mapping[str, Tensor] | None = None,

@@ -140,7 +140,7 @@ def _decide(config: RunConfig, source: SourceModel) -> tuple[Engine, Recipe, Run
         memory_bytes=free,
         device=engine.device.type,
         compensate=config.compensate or METHODS[config.method].compensates,
-        fisher=config.saliency == "fisher",
+        fisher=config.saliency == "taylor2",
         activation_checkpointing=again,
         activation_bytes=PRECISIONS[engine.precision],
         engine=engine.name,

@@ -126,7 +126,7 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
         copies += ["ddp's sums of gradients", "what fsdp gathers"]
     if config.distill:
         copies.append("the teacher")
-    if config.saliency == "fisher":
+    if config.saliency == "taylor2":
         copies.append("squared gradients")
     if config.compensate:
         copies.append("inputs of layers")

@@ -191,7 +191,7 @@ def here_lines(
     pass_: dict[str, Any] = {
         "seq_len": config.seq_len,
         "compensate": config.compensate,
-        "fisher": config.saliency == "fisher",
+        "fisher": config.saliency == "taylor2",
         "activation_checkpointing": again,
         "activation_bytes": PRECISIONS[precision],
         "teacher": teacher,

@@ -68,7 +68,7 @@ class FailureSigns:
                 found += self._tell(
                     f"one-sided {kind}",
                     f"{taken / total:.0%} of the removed parameters are {kind}; if that is not wanted, set "
-                    f"{FLAG.get(kind, '--min-kv')}, try --score all, or larger batches",
+                    f"{FLAG.get(kind, '--min-kv')}, try --scored-layers all, or larger batches",
                 )
         return found
 

@@ -89,7 +89,7 @@ class Trainer:
             measure=budget.measure if budget else None,
             pace=recipe.pace,
             saliency=config.saliency,  # type: ignore[arg-type]
-            score=config.score,  # type: ignore[arg-type]
+            score=config.scored_layers,  # type: ignore[arg-type]
             score_ema=config.score_ema,
             compensate=config.compensate or method.compensates,
             per_layer=config.layout == "per-layer",
@@ -266,7 +266,7 @@ class Trainer:
         engine = self.engine
         # a run may go on with another number of ranks, whose rows the micro-batch size must divide too
         micro_batches = torch.split(batch, math.gcd(self.micro_batch_size, len(batch)))
-        scored = self.config.saliency == "fisher" and (self.pruner.is_due(step) or self.config.score_ema > 0)
+        scored = self.config.saliency == "taylor2" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None
         total = torch.zeros(1, device=engine.device)
         if self.teacher and self.config.distill_hidden is not None:
