@@ -106,7 +106,7 @@ def make_trainer(
     )
     recipe = replace(make_recipe(config, space, limits), pace=pace or LinearPace(1))
     trainer = Trainer(model, config, recipe, limits, engine, lambda size: None)
-    trainer.feed = random_rows(model.config.vocab_size, rows // engine.num_ranks, seq_len, engine.device)
+    trainer.batches = random_rows(model.config.vocab_size, rows // engine.num_ranks, seq_len, engine.device)
     return trainer
 
 

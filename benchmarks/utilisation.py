@@ -16,7 +16,7 @@ from shapes import find_device, make_model, make_trainer, now, one_process, quie
 
 from efficientllm.distributed.device import memory_bytes
 from efficientllm.space import find_space
-from efficientllm.training.memory_estimate import fitting_micro_batch
+from efficientllm.training.memory_estimate import PassSetup, fitting_micro_batch
 
 ASKED = {"SmolLM-135M": 0.40, "SmolLM-360M": 0.50, "SmolLM-1.7B": 0.55}
 ROWS, SEQ_LEN = 32, 2048
@@ -39,11 +39,9 @@ def model_rate(name: str, precision: str, rows: int, seq_len: int) -> tuple[floa
     micro = fitting_micro_batch(
         space,
         space.shape,
+        PassSetup(seq_len=seq_len, device="cuda", activation_bytes=2 if precision == "bf16" else 4),
         rows=rows,
-        seq_len=seq_len,
         memory_bytes=memory_bytes(engine.device),
-        device="cuda",
-        activation_bytes=2 if precision == "bf16" else 4,
     )
     trainer = make_trainer(model, engine, rows=rows, seq_len=seq_len, micro_batch_size=micro)
     for _ in range(WARMUP):

@@ -59,7 +59,7 @@ def make_trainer(method: str, share: float = 0.6, name: str = "llama", steps: in
     )
     recipe = make_recipe(config, space, limits)
     trainer = Trainer(source, config, recipe, limits, Engine(CPU), lambda size: None)
-    trainer.feed = iter(batches(64))
+    trainer.batches = iter(batches(64))
     return trainer
 
 

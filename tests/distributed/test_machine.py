@@ -179,7 +179,7 @@ def make_trainer(**changes: Any) -> Trainer:
     recipe = make_recipe(config, space, limits)
     trainer = Trainer(model, config, recipe, limits, Engine(CPU), lambda size: None, teacher=teacher)
     generator = torch.Generator().manual_seed(0)
-    trainer.feed = iter(lambda: torch.randint(0, 500, (8, 32), generator=generator), None)
+    trainer.batches = iter(lambda: torch.randint(0, 500, (8, 32), generator=generator), None)
     return trainer
 
 
@@ -209,7 +209,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
         kept = broken[0, 0].clone()
         broken[0, 0] = torch.inf
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-    trainer.feed = iter(lambda: torch.zeros(8, 32, dtype=torch.long), None)  # token 0 reads the broken entry
+    trainer.batches = iter(lambda: torch.zeros(8, 32, dtype=torch.long), None)  # token 0 reads the broken entry
     trainer.train_step()
     (row,) = trainer.metrics.settle()
     assert row["loss"] is None and row["skipped"] == 1 and row["step"] == 4

@@ -64,7 +64,7 @@ def make_trainer(
         trainer.restore(checkpoint)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(STEPS)]
-    trainer.feed = iter([batch[engine.rank :: engine.num_ranks] for batch in batches[trainer.step :]])
+    trainer.batches = iter([batch[engine.rank :: engine.num_ranks] for batch in batches[trainer.step :]])
     return trainer
 
 
@@ -309,7 +309,7 @@ def make_trainer_float32(engine: Engine, **more: Any) -> Trainer:
     trainer = Trainer(source, config, recipe, limits, engine, lambda size: None, teacher=teacher)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(8)]
-    trainer.feed = iter([batch[engine.rank :: engine.num_ranks] for batch in batches])
+    trainer.batches = iter([batch[engine.rank :: engine.num_ranks] for batch in batches])
     return trainer
 
 

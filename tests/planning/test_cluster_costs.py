@@ -28,9 +28,10 @@ from efficientllm.planning.run_plan import make_plan
 from efficientllm.planning.suggestions import GAIN, suggest
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.training.cross_entropy import CHUNK
-from efficientllm.training.memory_estimate import CPU_TOKENS, default_engine, estimate, fsdp_groups
+from efficientllm.training.memory_estimate import CPU_TOKENS, default_engine, fsdp_groups
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import Teacher
+from helpers.memory import memory_of
 
 TINY = {
     "hidden_size": 48,
@@ -215,7 +216,7 @@ def test_fsdp_memory_is_what_torch_holds() -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
     def memory(rows: int) -> Any:
-        return estimate(
+        return memory_of(
             space,
             space.shape,
             micro_batch_size=1,
@@ -257,7 +258,7 @@ def test_ddp_holds_its_sums_beside_those_of_several_micro_batches() -> None:
     assert sum(buckets.values()) == pytest.approx(4 * PARAMS, rel=0.01)
     added = step(last=False)
     assert not added.keys() & buckets.keys() and sum(added.values()) == 4 * PARAMS
-    memory = estimate(space, space.shape, micro_batch_size=1, seq_len=16, batch_rows=2, engine="ddp")
+    memory = memory_of(space, space.shape, micro_batch_size=1, seq_len=16, batch_rows=2, engine="ddp")
     assert memory.gradients + memory.buckets == pytest.approx(sum(added.values()) + sum(buckets.values()), rel=0.01)
     replica.zero_grad(set_to_none=True)
     assert step(last=True).keys() <= buckets.keys()  # of one micro-batch nothing stands beside
@@ -267,7 +268,7 @@ def test_states_and_copies_by_hand() -> None:
     space, _ = space_of()
 
     def memory(**more: Any) -> Any:
-        return estimate(space, space.shape, micro_batch_size=2, seq_len=64, **more)
+        return memory_of(space, space.shape, micro_batch_size=2, seq_len=64, **more)
 
     assert memory().states == 16 * PARAMS
     ddp = memory(engine="ddp", activation_bytes=2)
@@ -292,7 +293,7 @@ def test_a_teacher_s_memory_is_what_torch_holds(sharded: bool) -> None:
     frozen = Teacher(model, RunConfig(), engine)
     way: dict[str, Any] = {"micro_batch_size": 1, "seq_len": 16, "activation_bytes": 2}
     way |= {"engine": engine.name, "shards": engine.shards}
-    memory, plain = (estimate(space, space.shape, **way, teacher=each) for each in (teacher, None))
+    memory, plain = (memory_of(space, space.shape, **way, teacher=each) for each in (teacher, None))
     targets = frozen.targets(torch.randint(0, 1024, (1, 16)))
     held = sum(param.nbytes for param in frozen.model.parameters())
     if sharded:
@@ -312,16 +313,16 @@ def test_logits_are_those_of_a_chunk() -> None:
     space, _ = space_of()
     lengths = (512, 2**20, 2**22, 2**25)
     way: dict[str, Any] = {"micro_batch_size": 1, "device": "cuda"}
-    short, least, eighth, most = (estimate(space, space.shape, seq_len=n, **way).logits for n in lengths)
+    short, least, eighth, most = (memory_of(space, space.shape, seq_len=n, **way).logits for n in lengths)
     assert short == 512 * 130 * 4 + 4 * 48 * (512 + 130)
     assert least == CHUNK // 130 * 130 * 4 + 4 * 48 * (2**20 + 130)
     assert eighth == 2**22 // 8 * 130 * 4 + 4 * 48 * (2**22 + 130)
     assert most == 4 * CHUNK // 130 * 130 * 4 + 4 * 48 * (2**25 + 130)
-    cpu = estimate(space, space.shape, seq_len=2**20, micro_batch_size=1, device="cpu").logits
-    assert cpu == least == estimate(space, space.shape, seq_len=2**25, micro_batch_size=1).logits - 4 * 48 * 31 * 2**20
-    taught = estimate(space, space.shape, seq_len=2**20, teacher=space, **way).logits
+    cpu = memory_of(space, space.shape, seq_len=2**20, micro_batch_size=1, device="cpu").logits
+    assert cpu == least == memory_of(space, space.shape, seq_len=2**25, micro_batch_size=1).logits - 4 * 48 * 31 * 2**20
+    taught = memory_of(space, space.shape, seq_len=2**20, teacher=space, **way).logits
     assert taught == CHUNK // 2 // 130 * 130 * 4 * 4 + 4 * 48 * (2**20 + 130)  # both models', two distributions
-    bf16 = estimate(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
+    bf16 = memory_of(space, space.shape, micro_batch_size=1, seq_len=512, activation_bytes=2).logits
     assert bf16 - short == 512 * 130 * 2  # products come in bf16, their gradient goes in it
 
 

@@ -17,9 +17,10 @@ from efficientllm.pruning import LinearPace, Pruner, SlotPace
 from efficientllm.pruning.trajectory import as_logged, proportional, pruning_steps, simulate, spans
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.terminal.plan import print_plan
-from efficientllm.training.memory_estimate import divisors, estimate, fitting_micro_batch
+from efficientllm.training.memory_estimate import PassSetup, divisors, fitting_micro_batch
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import pass_flops
+from helpers.memory import memory_of
 
 BATCH_TOKENS = 2**20
 # method.md section 4: tokens (B), heads, f, d of SmolLM-1.7B on its way, measured off the paper's figure
@@ -168,7 +169,7 @@ def test_weights_and_moments_are_exact() -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     space = find_space(model)
-    memory = estimate(space, space.shape, micro_batch_size=2, seq_len=12)
+    memory = memory_of(space, space.shape, micro_batch_size=2, seq_len=12)
     moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
     assert memory.weights == sum(param.nbytes for param in model.parameters())
     assert memory.gradients == sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
@@ -194,7 +195,7 @@ def test_activations_are_what_a_forward_pass_saves() -> None:
     tokens = torch.randint(0, 130, (2, 16))
     shallow, deep = llama(num_hidden_layers=2), llama(num_hidden_layers=4)
     space = limits_of(deep)[0], limits_of(shallow)[0]
-    estimates = [estimate(each, each.shape, micro_batch_size=2, seq_len=16).activations for each in space]
+    estimates = [memory_of(each, each.shape, micro_batch_size=2, seq_len=16).activations for each in space]
     measured = saved_bytes(deep, tokens) - saved_bytes(shallow, tokens)
     assert estimates[0] - estimates[1] == pytest.approx(measured, rel=0.05)
 
@@ -202,26 +203,28 @@ def test_activations_are_what_a_forward_pass_saves() -> None:
 def test_second_order_memory_is_bounded_by_the_row_cap_and_the_widest_input() -> None:
     space, _ = limits_of(smollm())
     ways = [
-        estimate(space, space.shape, micro_batch_size=1, seq_len=2048, batch_rows=rows, compensate=True)
+        memory_of(space, space.shape, micro_batch_size=1, seq_len=2048, batch_rows=rows, compensate=True)
         for rows in (8, 512)
     ]
     assert ways[0].solve <= ways[1].solve
     rows_of_down = 2 * 8192  # twice the in-channels, above the cap of 8192
     assert ways[1].samples == 4 * 24 * (8192 * 3 * 2048 + rows_of_down * 8192)
     assert ways[1].solve >= 4 * 2 * 8192**2
-    assert estimate(space, space.shape, micro_batch_size=1, seq_len=2048).second_order == 0
+    assert memory_of(space, space.shape, micro_batch_size=1, seq_len=2048).second_order == 0
 
 
 def test_the_micro_batch_fits_and_divides() -> None:
     space, _ = limits_of(smollm())
 
     def fitting(memory_bytes: float, device: str = "cuda") -> int:
-        return fitting_micro_batch(space, space.shape, rows=512, seq_len=2048, memory_bytes=memory_bytes, device=device)
+        return fitting_micro_batch(
+            space, space.shape, PassSetup(seq_len=2048, device=device), rows=512, memory_bytes=memory_bytes
+        )
 
     size = fitting(80e9)
     assert size > 1 and 512 % size == 0
-    assert estimate(space, space.shape, micro_batch_size=size, seq_len=2048, device="cuda").peak <= 0.8 * 80e9
-    assert estimate(space, space.shape, micro_batch_size=2 * size, seq_len=2048, device="cuda").peak > 0.8 * 80e9
+    assert memory_of(space, space.shape, micro_batch_size=size, seq_len=2048, device="cuda").peak <= 0.8 * 80e9
+    assert memory_of(space, space.shape, micro_batch_size=2 * size, seq_len=2048, device="cuda").peak > 0.8 * 80e9
     assert fitting(1e15) == 512
     assert fitting(1e15, "cpu") == 8  # 16,384 tokens
     assert fitting(1e9) == 1

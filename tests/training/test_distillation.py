@@ -165,7 +165,7 @@ def make_trainer(engine: Engine, steps: int = 8, dtype: torch.dtype = torch.floa
     teacher = make_model("qwen2", dtype=dtype) if config.distill else None
     recipe = make_recipe(config, space, limits)
     trainer = Trainer(source, config, recipe, limits, engine, lambda size: None, teacher=teacher)
-    trainer.feed = iter([batch(step, rows=8) for step in range(steps)])
+    trainer.batches = iter([batch(step, rows=8) for step in range(steps)])
     return trainer
 
 

@@ -15,9 +15,10 @@ from efficientllm.distributed.engine import Engine
 from efficientllm.errors import ConfigError
 from efficientllm.space import find_space
 from efficientllm.training import recompute
-from efficientllm.training.memory_estimate import PRECISIONS, estimate
+from efficientllm.training.memory_estimate import PRECISIONS
 from efficientllm.training.recompute import PRODUCTS, checkpoint_
 from helpers.families import NAMES, batch, make_model
+from helpers.memory import memory_of
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 120, "intermediate_size": 360}
@@ -85,7 +86,7 @@ def kept_bytes(layers: int, how: str, precision: Any) -> int:
 def test_a_pass_keeps_what_is_estimated(how: str, precision: str) -> None:
     spaces = [find_space(make_model("llama", num_hidden_layers=layers, **WIDE)) for layers in (2, 6)]
     way: dict[str, Any] = {"activation_bytes": PRECISIONS[precision], "activation_checkpointing": how}
-    few, many = (estimate(space, space.shape, micro_batch_size=16, seq_len=64, **way) for space in spaces)
+    few, many = (memory_of(space, space.shape, micro_batch_size=16, seq_len=64, **way) for space in spaces)
     # a cast weight is saved with the products that take it, and made again where those are computed again
     wanted = many.activations - few.activations + (many.casts - few.casts if how == "none" else 0)
     assert kept_bytes(6, how, precision) - kept_bytes(2, how, precision) == pytest.approx(wanted, rel=0.05)

@@ -23,7 +23,7 @@ Show = Callable[[int, int], None]  # of so many calibration batches, so many
 
 
 def remove_one_shot(trainer: Trainer, budget: Budget, show: Show) -> None:
-    """Removes everything that is to go from a model that has not trained yet; the feed gives the calibration batches.
+    """Removes everything that is to go from a model that has not trained yet; the trainer's next batches are the calibration's.
 
     Raises:
         TrainingError: if a calibration batch has no finite gradient.
@@ -53,7 +53,7 @@ def num_batches(config: RunConfig) -> int:
 
 
 def unit_scores(trainer: Trainer, batches: int, seen: Callable[[int], None]) -> Scores:
-    """Returns the saliency of every unit by the run's method, over the feed's next batches if it looks at any."""
+    """Returns the saliency of every unit by the run's method, over the trainer's next batches if it looks at any."""
     pruner, method = trainer.pruner, trainer.config.method
     if method == "random":
         return random_scores(pruner.space, trainer.config.seed)

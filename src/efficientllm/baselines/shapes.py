@@ -5,8 +5,8 @@ from typing import Any
 
 from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import BudgetError, ConfigError
-from efficientllm.models.load import empty_model, load_config
-from efficientllm.space import Limits, Space, find_space
+from efficientllm.models.load import load_config, open_space
+from efficientllm.space import Limits, Space
 from efficientllm.space.dims import KINDS, Shape
 
 LAYER_LISTS = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
@@ -55,7 +55,7 @@ def goal_shape(config: RunConfig, space: Space, limits: Limits) -> Shape:
     found, of = other_config(config, space.vocab_size), f"--shape-of {config.shape_of}"
     if found.is_heterogeneous:
         raise ConfigError(f"{of}: its layers differ in width, and what goes at once leaves all layers alike")
-    other = find_space(empty_model(found, str(config.shape_of)))
+    other = open_space(found, str(config.shape_of))
     goal, source = other.shape, limits.source
     for name, theirs, ours in (
         ("layers", other.num_layers, space.num_layers),
@@ -103,5 +103,5 @@ def with_layers(config: Any, layers: Any) -> Any:
 
 
 def _num_params(config: Any, model: str) -> int:
-    space = find_space(empty_model(config, model))
+    space = open_space(config, model)
     return space.num_params(space.shape)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import grain
     import torch
 
-    from efficientllm.distributed.engine import Engine
 
 READ_THREADS = 2  # rows come out of mapped memory: more threads gain nothing
 
@@ -97,7 +96,7 @@ def epochs(
     return result
 
 
-class Feed:
+class Loader:
     """The training data of a run: its batches from any step on, and how often each source has been seen.
 
     Args:
@@ -120,10 +119,9 @@ class Feed:
         folders, weights = zip(*parts, strict=True)
         self.epochs_per_row = epochs(folders, weights, seq_len, 1, include_valid=include_valid)
 
-    def after(self, step: int, engine: "Engine") -> "Iterator[torch.Tensor]":
-        """Returns this rank's parts of the batches after a step, on its device."""
-        parts = batches(self.rows, step * self.batch_rows, self.batch_rows, engine.rank, engine.num_ranks)
-        return on_device(parts, engine.device)
+    def after(self, step: int, device: "torch.device", rank: int = 0, num_ranks: int = 1) -> "Iterator[torch.Tensor]":
+        """Returns a rank's parts of the batches after a step, on its device."""
+        return on_device(batches(self.rows, step * self.batch_rows, self.batch_rows, rank, num_ranks), device)
 
     def epochs(self, steps: int) -> dict[str, float]:
         """Returns how often each source has been gone through after so many steps, by its spec."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from efficientllm.space import Space
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -98,6 +100,17 @@ def empty_model(config: "PretrainedConfig", model: str) -> "PreTrainedModel":
         raise UnsupportedModelError(
             f"model {model}: cannot be built from its config ({_first_line(error)}); check config.json"
         ) from None
+
+
+def open_space(config: "PretrainedConfig", model: str, per_layer: bool | None = None) -> "Space":
+    """The pruning space of a config, without weights; by default layer by layer where its layers differ in width.
+
+    Raises:
+        UnsupportedModelError: as `empty_model` and `find_space`.
+    """
+    from efficientllm.space import find_space
+
+    return find_space(empty_model(config, model), config.is_heterogeneous if per_layer is None else per_layer)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

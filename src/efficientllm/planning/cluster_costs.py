@@ -14,7 +14,6 @@ Bytes that a GPU sends in a step, by ring algorithms (a ring of n sends (n-1)/n 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import ConfigError
@@ -25,6 +24,7 @@ from efficientllm.training.memory_estimate import (
     MEMORY_SHARE,
     PRECISIONS,
     Memory,
+    PassSetup,
     default_engine,
     estimate,
     fitting_micro_batch,
@@ -107,24 +107,20 @@ def make_setup(
         by_size = default_engine(space.num_params(shape), gpu.memory, frozen)
         engine = config.engine or ("fsdp" if config.shards else by_size)
     shards = (config.shards or cluster.machine) if engine == "fsdp" else 1
-    more: dict[str, Any] = {
-        "compensate": config.compensate,
-        "fisher": config.saliency == "taylor2",
-        "activation_checkpointing": config.activation_checkpointing or "none",
-        "activation_bytes": PRECISIONS[precision],
-        "engine": engine,
-        "shards": shards,
-        "teacher": teacher,
-        "device": "cuda",
-    }
-    seq_len = config.seq_len
+    a_pass = PassSetup.of_run(
+        config,
+        precision,
+        activation_checkpointing=config.activation_checkpointing or "none",
+        engine=engine,
+        shards=shards,
+        teacher=teacher,
+        device="cuda",
+    )
     if config.micro_batch_size:
         micro_batch_size = math.gcd(config.micro_batch_size, rows)
     else:
-        micro_batch_size = fitting_micro_batch(
-            space, shape, rows=rows, seq_len=seq_len, memory_bytes=gpu.memory, **more
-        )
-    memory = estimate(space, shape, micro_batch_size=micro_batch_size, seq_len=seq_len, batch_rows=rows, **more)
+        micro_batch_size = fitting_micro_batch(space, shape, a_pass, rows=rows, memory_bytes=gpu.memory)
+    memory = estimate(space, shape, a_pass, micro_batch_size=micro_batch_size, batch_rows=rows)
     fits = memory.peak <= MEMORY_SHARE * gpu.memory
     return Setup(engine, precision, shards, rows, micro_batch_size, memory, fits, teacher)
 

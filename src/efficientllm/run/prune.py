@@ -37,7 +37,13 @@ from efficientllm.run.signals import exit_on_sigterm
 from efficientllm.run.source import SourceModel, open_source
 from efficientllm.space import Space
 from efficientllm.space.dims import widths_text
-from efficientllm.training.memory_estimate import PRECISIONS, default_engine, fitting_micro_batch, frozen_bytes
+from efficientllm.training.memory_estimate import (
+    PRECISIONS,
+    PassSetup,
+    default_engine,
+    fitting_micro_batch,
+    frozen_bytes,
+)
 from efficientllm.training.recipe import Recipe, make_recipe, rank_rows
 from efficientllm.training.teacher import load_teacher, pass_flops, teacher_name
 
@@ -132,20 +138,17 @@ def _decide(config: RunConfig, source: SourceModel) -> tuple[Engine, Recipe, Run
     engine = start_engine(name, device, precision, config.compile, config.shards)  # type: ignore[arg-type]
     recipe = make_recipe(config, source.space, source.limits, source.budget, source.num_params)
     rows = rank_rows(config, engine.num_ranks)
-    micro_batch_size = config.micro_batch_size or fitting_micro_batch(
-        source.space,
-        source.limits.source,
-        rows=rows,
-        seq_len=config.seq_len,
-        memory_bytes=free,
-        device=engine.device.type,
-        compensate=config.compensate or METHODS[config.method].compensates,
-        fisher=config.saliency == "taylor2",
+    setup = PassSetup.of_run(
+        config,
+        engine.precision,
         activation_checkpointing=again,
-        activation_bytes=PRECISIONS[engine.precision],
         engine=engine.name,
         shards=engine.shards,
         teacher=source.teacher,
+        device=engine.device.type,
+    )
+    micro_batch_size = config.micro_batch_size or fitting_micro_batch(
+        source.space, source.limits.source, setup, rows=rows, memory_bytes=free
     )
     found = {
         "lr": recipe.lr,

@@ -1,7 +1,7 @@
 """A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from math import ceil
@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
 from efficientllm.baselines.depth import remove_layers_
@@ -16,7 +17,7 @@ from efficientllm.baselines.one_shot import num_batches, remove_one_shot
 from efficientllm.config.methods import METHODS
 from efficientllm.config.run_config import FIELDS, RunConfig
 from efficientllm.data.corpus import Corpus
-from efficientllm.data.loader import Feed
+from efficientllm.data.loader import Loader
 from efficientllm.distributed.checkpoint import Checkpoint, Checkpoints, last_checkpoint
 from efficientllm.distributed.device import held_memory, is_out_of_memory
 from efficientllm.distributed.engine import Engine, twin
@@ -62,7 +63,7 @@ class Run:
         self.external = ExternalLog(
             config.log_to if logs else None, out, {name: getattr(config, name) for name in FIELDS}
         )
-        self.feed = Feed(
+        self.loader = Loader(
             corpus.parts,
             seq_len=config.seq_len,
             batch_rows=recipe.batch_rows,
@@ -102,7 +103,7 @@ class Run:
             self.engine.barrier()  # every rank has read
             self.metrics.cut_back(begun)
             self.removals.cut_back(begun)
-            self._begin_feed()
+            self._begin_loading()
             with Interruption() as interruption, self.display:
                 stopped_by = self._train(interruption)
                 if stopped_by:
@@ -155,7 +156,7 @@ class Run:
             *rows, last = trainer.metrics.settle()
             memory = held_memory(self.engine.device)
             for row in [*rows, self._validated(last) if validates else last]:
-                epoch = round(max(self.feed.epochs(row["step"]).values()), 4)
+                epoch = round(max(self.loader.epochs(row["step"]).values()), 4)
                 self._log({**row, "epoch": epoch, "memory_bytes": memory})
                 for message in row.get("warnings", ()):
                     self.display.warn(f"step {row['step']}: {message}")
@@ -175,9 +176,9 @@ class Run:
             row["warnings"] = self.display.warned
         row = row | self.first_row if self.first_row else self._validated(row)
         if METHODS[self.config.method].when == "one-shot":
-            trainer.feed = self.feed.after(0, self.engine)
+            trainer.batches = self._batches(0)
             remove_one_shot(trainer, self.source.budget, self.display.calibrating)
-            trainer.feed = self.feed.after(0, self.engine)
+            trainer.batches = self._batches(0)
             removals = trainer.pruner.removals
         if removals:
             self._log_removals(removals)
@@ -196,7 +197,7 @@ class Run:
         if self.valid_rows:
             self.valid_losses[0] = validation_loss(whole, self.valid_rows, rows, engine)
             self.first_row["valid_loss"] = self.valid_losses[0]
-        calibration = list(islice(self.feed.after(0, self.engine), num_batches(config)))
+        calibration = list(islice(self._batches(0), num_batches(config)))
         left = self.source.space.num_layers
         self.layer_removals = remove_layers_(model, whole, calibration, left, rows, engine)
 
@@ -204,15 +205,19 @@ class Run:
         for removal in removals:
             self.removals.append({**removal.as_row(), "tokens": self.trainer.tokens})
 
-    def _begin_feed(self) -> None:
-        """Lets the feed begin after the steps done; warns at the beginning if a source will be seen again."""
+    def _begin_loading(self) -> None:
+        """Lets the batches begin after the steps done; warns at the beginning if a source will be seen again."""
         if self.trainer.step == 0:
-            for spec, times in self.feed.epochs(self.recipe.total_steps).items():
+            for spec, times in self.loader.epochs(self.recipe.total_steps).items():
                 if times > 1:
                     self.display.warn(
                         f"data {spec} runs out: it is seen {ceil(10 * times) / 10:g} times, each in a new order"
                     )
-        self.trainer.feed = self.feed.after(self.trainer.step, self.engine)
+        self.trainer.batches = self._batches(self.trainer.step)
+
+    def _batches(self, step: int) -> Iterator[torch.Tensor]:
+        """Returns this rank's parts of the batches after a step."""
+        return self.loader.after(step, self.engine.device, self.engine.rank, self.engine.num_ranks)
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row with the validation loss, if anything is held out."""

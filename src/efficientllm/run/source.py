@@ -11,7 +11,7 @@ from efficientllm.config.methods import METHODS
 from efficientllm.config.run_config import RunConfig
 from efficientllm.delivery.huggingface import DTYPES
 from efficientllm.errors import ConfigError
-from efficientllm.models.load import empty_model, find_model, load_config, load_tokenizer
+from efficientllm.models.load import empty_model, find_model, load_config, load_tokenizer, open_space
 from efficientllm.space import Limits, Space, find_limits, find_space
 from efficientllm.space.limits import check_target
 from efficientllm.training.size_target import Budget, open_budget, rounding
@@ -41,7 +41,7 @@ class SourceModel:
     teacher: Space | None  # of `--distill`
 
 
-def open_space(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
+def open_start(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
     """Returns the model that training begins with on the meta device, its space and limits; targets are checked.
 
     Needs nothing but config.json.
@@ -71,20 +71,20 @@ def floors(config: RunConfig) -> dict[str, int | None]:
 
 
 def open_source(config: RunConfig) -> SourceModel:
-    """Returns what `open_space` does with budget, tokenizer, the result's dtype and the teacher; reads no weights.
+    """Returns what `open_start` does with budget, tokenizer, the result's dtype and the teacher; reads no weights.
 
     Raises:
-        UnsupportedModelError, BudgetError, ConfigError: as `open_space`, `load_tokenizer`, `open_budget` and
+        UnsupportedModelError, BudgetError, ConfigError: as `open_start`, `load_tokenizer`, `open_budget` and
             `open_teacher`.
     """
-    empty, space, limits = open_space(config)
+    empty, space, limits = open_start(config)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     budget = open_budget(config, empty, space, limits, tokenizer)
     whole = space
     if METHODS[config.method].when == "initial":
         budget = replace(budget, target=space.num_params(limits.source))
         source = load_config(config.model, config.trust_remote_code)
-        whole = find_space(empty_model(source, config.model), source.is_heterogeneous)
+        whole = open_space(source, config.model)
     elif config.shape_of is not None:
         goal = goal_shape(config, space, limits)
         budget = replace(budget, target=space.num_params(goal), goal=goal)

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from efficientllm.numbers import format_count
-from efficientllm.space import Limits, Space, find_limits, find_space
+from efficientllm.space import Limits, Space, find_limits
 from efficientllm.space.dims import KINDS, alike, kind_of, of_kind, shape_text, size_text
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def print_space(
         UnsupportedModelError: the model cannot be read or pruned.
         BudgetError: a floor or multiple below 1.
     """
-    from efficientllm.models.load import empty_model, load_config
+    from efficientllm.models.load import load_config, open_space
 
     config = load_config(model, trust_remote_code)
-    space = find_space(empty_model(config, model), per_layer=config.is_heterogeneous)
+    space = open_space(config, model)
     limits = find_limits(space, config, round_to=round_to, min_ffn=min_ffn, min_hidden=min_hidden, min_kv=min_kv)
     console = _console()
     for line in source_lines(model, config, space):

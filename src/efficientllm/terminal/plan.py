@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from efficientllm.config.run_config import RunConfig
 from efficientllm.distributed.device import default_checkpointing, default_precision, find_device, memory_bytes
@@ -12,11 +12,11 @@ from efficientllm.planning.gpus import Cluster
 from efficientllm.planning.run_plan import RunPlan, make_plan, read_kinds, unrounded
 from efficientllm.pruning.schedule import LinearPace
 from efficientllm.pruning.trajectory import Planned
-from efficientllm.run.source import floors, open_space
+from efficientllm.run.source import floors, open_start
 from efficientllm.space.dims import KINDS, Shape, Space, of_kind, size_text, widths
 from efficientllm.space.limits import Limits, find_limits
 from efficientllm.terminal.cluster import cluster_parts
-from efficientllm.training.memory_estimate import PRECISIONS, estimate, fitting_micro_batch
+from efficientllm.training.memory_estimate import PassSetup, estimate, fitting_micro_batch
 from efficientllm.training.recipe import Recipe, make_recipe
 from efficientllm.training.size_target import Budget, open_budget, params_budget
 from efficientllm.training.teacher import open_teacher, pass_flops
@@ -35,12 +35,12 @@ def print_plan(config: RunConfig, like: str | None = None, cluster: Cluster | No
         cluster: GPUs that the run would have; without them the memory is that of a run on this machine.
 
     Raises:
-        UnsupportedModelError, BudgetError, ConfigError: as `open_space`, `make_recipe`, `read_kinds`, `make_plan` and
+        UnsupportedModelError, BudgetError, ConfigError: as `open_start`, `make_recipe`, `read_kinds`, `make_plan` and
             `make_setup`.
     """
     from rich.console import Console
 
-    empty, space, limits = open_space(config)
+    empty, space, limits = open_start(config)
     budget = params_budget(config, space, limits)
     if config.for_type is not None:
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -188,19 +188,11 @@ def here_lines(
     params = space.num_params(limits.source)
     precision = config.precision or default_precision(device, params)
     again = config.activation_checkpointing or default_checkpointing(device, params, precision, config.compile)
-    pass_: dict[str, Any] = {
-        "seq_len": config.seq_len,
-        "compensate": config.compensate,
-        "fisher": config.saliency == "taylor2",
-        "activation_checkpointing": again,
-        "activation_bytes": PRECISIONS[precision],
-        "teacher": teacher,
-        "device": device.type,
-    }
+    setup = PassSetup.of_run(config, precision, activation_checkpointing=again, teacher=teacher, device=device.type)
     micro_batch_size = config.micro_batch_size or fitting_micro_batch(
-        space, limits.source, rows=recipe.batch_rows, memory_bytes=memory_bytes(device), **pass_
+        space, limits.source, setup, rows=recipe.batch_rows, memory_bytes=memory_bytes(device)
     )
-    memory = estimate(space, limits.source, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows, **pass_)
+    memory = estimate(space, limits.source, setup, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows)
     rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, {precision}"
     lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
     lines += [f"           {_bytes(size):>8} {name.replace('_', ' ')}" for name, size in memory.parts().items()]

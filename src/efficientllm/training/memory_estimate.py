@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from math import ceil, isqrt
 from typing import Any
 
+from efficientllm.config.methods import METHODS
+from efficientllm.config.run_config import RunConfig
 from efficientllm.space.dims import Shape, Space, in_layer
 from efficientllm.training.cross_entropy import chunk_rows
 
@@ -20,7 +22,7 @@ FLOAT32 = 4  # bytes
 PRECISIONS = {"float32": FLOAT32, "bf16": 2}  # bytes of a number in the products
 ROW_CAP = 8192  # rows that pruning/activations.py keeps of an input, or twice its in-channels
 CPU_TOKENS = 16_384  # tokens of a micro-batch from which a CPU gains no more speed
-MEMORY_SHARE = 0.8  # the rest is for the allocator, the libraries and the data feed
+MEMORY_SHARE = 0.8  # the rest is for the allocator, the libraries and the data loader
 
 
 @dataclass(frozen=True)
@@ -77,38 +79,59 @@ class Memory:
         return {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassSetup:
+    """How a rank trains, as far as its memory depends on it.
+
+    Attributes:
+        seq_len: tokens of a row.
+        compensate: whether layer inputs are kept for the second-order update.
+        fisher: whether squared micro-batch gradients are gathered.
+        activation_checkpointing: none, selective or full.
+        weight_bytes, activation_bytes: bytes of a number; bf16 over float32 weights is (4, 2).
+        engine: one, ddp or fsdp.
+        shards: ranks that share one copy under fsdp.
+        teacher: the space of `--distill`'s, at its own shape.
+        device: cpu or cuda, which take different chunks of the loss.
+    """
+
+    seq_len: int
+    compensate: bool = False
+    fisher: bool = False
+    activation_checkpointing: str = "none"
+    weight_bytes: int = FLOAT32
+    activation_bytes: int = FLOAT32
+    engine: str = "one"
+    shards: int = 1
+    teacher: Space | None = None
+    device: str = "cpu"
+
+    @classmethod
+    def of_run(cls, config: RunConfig, precision: str, **more: Any) -> "PassSetup":
+        """Returns that of a run that computes in `precision`; `more`: the fields that its config does not decide."""
+        return cls(
+            seq_len=config.seq_len,
+            compensate=config.compensate or METHODS[config.method].compensates,
+            fisher=config.saliency == "taylor2",
+            activation_bytes=PRECISIONS[precision],
+            **more,
+        )
+
+
 def estimate(
-    space: Space,
-    shape: Shape,
-    *,
-    micro_batch_size: int,
-    seq_len: int,
-    batch_rows: int | None = None,
-    weight_bytes: int = FLOAT32,
-    activation_bytes: int = FLOAT32,
-    compensate: bool = False,
-    fisher: bool = False,
-    activation_checkpointing: str = "none",
-    engine: str = "one",
-    shards: int = 1,
-    teacher: Space | None = None,
-    device: str = "cpu",
+    space: Space, shape: Shape, setup: PassSetup, *, micro_batch_size: int, batch_rows: int | None = None
 ) -> Memory:
     """Returns the memory of training a model of `space` at `shape` with AdamW, on one rank.
 
     Weights, gradients and moments are exact; activations are those of a gated decoder layer, within a tenth or so.
 
     Args:
-        micro_batch_size: rows of a forward pass, each of `seq_len` tokens.
+        micro_batch_size: rows of a forward pass.
         batch_rows: this rank's rows of an optimizer step, which the second-order update samples from (default: one
             micro-batch).
-        weight_bytes, activation_bytes: bytes of a number; bf16 over float32 weights is (4, 2).
-        fisher: whether squared micro-batch gradients are gathered.
-        engine: one, ddp or fsdp.
-        shards: ranks that share one copy under fsdp.
-        teacher: the space of `--distill`'s, at its own shape.
-        device: cpu or cuda, which take different chunks of the loss.
     """
+    weight_bytes, activation_bytes = setup.weight_bytes, setup.activation_bytes
+    seq_len, teacher, again = setup.seq_len, setup.teacher, setup.activation_checkpointing
     params = space.num_params(shape)
     tokens = micro_batch_size * seq_len
     hidden = shape["hidden"]
@@ -117,14 +140,14 @@ def estimate(
     mixed = activation_bytes < weight_bytes
     each = [layer_bytes(space, sizes, activation_bytes) for sizes in layers]
     saved = sum(each)
-    if activation_checkpointing != "none":
+    if again != "none":
         # what enters each layer, and one layer computed again
         saved = activation_bytes * hidden * space.num_layers + max(each)
-    if activation_checkpointing == "selective":
+    if again == "selective":
         saved += sum(product_bytes(space, sizes, activation_bytes) for sizes in layers)
     rows = batch_rows or micro_batch_size
     samples = solve = 0
-    if compensate:
+    if setup.compensate:
         for width in inputs:
             sampled = {kind: min(rows * seq_len, row_cap(size)) * size for kind, size in width.items()}
             # attention and feed-forward each read the stem through a norm of their own
@@ -132,12 +155,12 @@ def estimate(
             widest = {"hidden": max(width["ffn"], width["query"]), "query": hidden, "ffn": hidden}
             parts = (sampled[kind] + 2 * size**2 + 3 * size * widest[kind] for kind, size in width.items())
             solve = max(solve, FLOAT32 * max(parts))
-    sharded = engine == "fsdp"
-    held = ceil(weight_bytes * params / shards) if sharded else weight_bytes * params
+    sharded = setup.engine == "fsdp"
+    held = ceil(weight_bytes * params / setup.shards) if sharded else weight_bytes * params
     accumulates = rows > micro_batch_size
     looked = teaching = 0
     if teacher is not None:
-        looked = frozen_bytes(teacher, activation_bytes) // (shards if sharded else 1)
+        looked = frozen_bytes(teacher, activation_bytes) // (setup.shards if sharded else 1)
         looked += activation_bytes * tokens * teacher.shape["hidden"]
         if sharded:  # the root group stays, and a layer is computed while the next one is gathered
             root, part = fsdp_groups(teacher, teacher.shape)
@@ -149,14 +172,14 @@ def estimate(
         gradients=held,
         moments=2 * held,
         activations=tokens * (saved + norm_bytes(hidden, activation_bytes)),
-        logits=logit_bytes(tokens, space.vocab_size, activation_bytes * mixed, teacher is not None, device)
+        logits=logit_bytes(tokens, space.vocab_size, activation_bytes * mixed, teacher is not None, setup.device)
         + FLOAT32 * hidden * (tokens + space.vocab_size),
-        buckets=weight_bytes * params if engine == "ddp" and accumulates else 0,
+        buckets=weight_bytes * params if setup.engine == "ddp" and accumulates else 0,
         casts=activation_bytes * params if mixed and not sharded else 0,
         gathered=gathered_bytes(space, shape, activation_bytes) if sharded else 0,
         teacher=looked,
         teacher_pass=teaching,
-        fisher=(held if sharded else FLOAT32 * params) if fisher else 0,
+        fisher=(held if sharded else FLOAT32 * params) if setup.fisher else 0,
         samples=samples,
         solve=solve,
     )
@@ -233,25 +256,15 @@ def row_cap(width: int) -> int:
     return max(ROW_CAP, 2 * width)
 
 
-def fitting_micro_batch(
-    space: Space,
-    shape: Shape,
-    *,
-    rows: int,
-    seq_len: int,
-    memory_bytes: float,
-    device: str = "cpu",
-    **more: Any,
-) -> int:
+def fitting_micro_batch(space: Space, shape: Shape, setup: PassSetup, *, rows: int, memory_bytes: float) -> int:
     """Returns the rows of a forward pass: the largest divisor of `rows` whose peak fits in 0.8 of the memory.
 
-    At least 1, whether that fits or not; on a CPU of at most `CPU_TOKENS`; `more` as in `estimate`.
+    At least 1, whether that fits or not; on a CPU of at most `CPU_TOKENS`.
     """
     for size in sorted(divisors(rows), reverse=True):
-        if device == "cpu" and size * seq_len > CPU_TOKENS:
+        if setup.device == "cpu" and size * setup.seq_len > CPU_TOKENS:
             continue
-        way = {"seq_len": seq_len, "batch_rows": rows, "device": device, **more}
-        memory = estimate(space, shape, micro_batch_size=size, **way)
+        memory = estimate(space, shape, setup, micro_batch_size=size, batch_rows=rows)
         if memory.peak <= MEMORY_SHARE * memory_bytes:
             return size
     return 1

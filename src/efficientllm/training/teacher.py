@@ -11,8 +11,8 @@ from efficientllm.config.run_config import SOURCE, RunConfig
 from efficientllm.data.tokenizing import backend_copy, tokenizer_fingerprint
 from efficientllm.distributed.engine import Engine
 from efficientllm.errors import ConfigError
-from efficientllm.models.load import empty_model, load_config, load_model, load_tokenizer
-from efficientllm.space import Space, find_space
+from efficientllm.models.load import load_config, load_model, load_tokenizer, open_space
+from efficientllm.space import Space
 from efficientllm.training.distillation import DistillationTargets, Kept, distillation_loss_and_grad_
 from efficientllm.training.loss import logit_form, whole_rows
 
@@ -96,7 +96,7 @@ def open_teacher(config: RunConfig, space: Space, tokenizer: "PreTrainedTokenize
         return space if config.distill else None
     asked = f"--distill {config.distill}"
     model_config = load_config(config.distill, config.trust_remote_code)
-    found = find_space(empty_model(model_config, config.distill), model_config.is_heterogeneous)
+    found = open_space(model_config, config.distill)
     if found.vocab_size != space.vocab_size:
         raise ConfigError(
             f"{asked}: its vocabulary has {found.vocab_size:,} entries and that of {config.model} has "

@@ -47,7 +47,7 @@ class Trainer:
     Attributes:
         step: steps done, those skipped for a loss that is not finite included.
         metrics: the figures of the steps done.
-        feed: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to begin at
+        batches: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to begin at
             `step`.
         micro_batch_size: rows of a forward pass; halved when memory runs out.
     """
@@ -102,7 +102,7 @@ class Trainer:
         params, size = self.pruner.source_params, self.pruner.source_size
         watch = FailureSigns(limits, params - params * target // size)
         self.metrics = Metrics(watch, config.batch_tokens)
-        self.feed: Iterator[Tensor] = iter(())
+        self.batches: Iterator[Tensor] = iter(())
         self.step = 0
         self._notes: list[str] = []  # warnings of the step under way
 
@@ -230,7 +230,7 @@ class Trainer:
         Raises:
             TrainingError: if memory runs out among several ranks, or with a single row.
         """
-        batch = next(self.feed)
+        batch = next(self.batches)
         while True:
             try:
                 return self._passes(batch, step)
