@@ -9,6 +9,24 @@ from pathlib import Path
 from efficientllm.errors import ConfigError
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all: what was there stays until all of the new one is on the disk.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left beside it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:
     """Raises ConfigError if the output is there and may not be replaced."""
     if not os.path.lexists(out):

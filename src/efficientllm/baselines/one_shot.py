@@ -23,7 +23,7 @@ Show = Callable[[int, int], None]  # of so many calibration batches, so many
 
 
 def remove_one_shot(trainer: Trainer, budget: Budget, show: Show) -> None:
-    """Removes everything that is to go from a model that has not trained yet; the trainer's next batches are the calibration's.
+    """Removes everything that is to go from a model that has not trained yet, by its next batches.
 
     Raises:
         TrainingError: if a calibration batch has no finite gradient.

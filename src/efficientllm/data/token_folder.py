@@ -7,7 +7,6 @@ and `index.json`. Documents follow each other, each with its separator; rows may
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from efficientllm.data.documents import DataSource, read_documents
 from efficientllm.data.shards import Rows, ShardWriter, open_shard
 from efficientllm.data.tokenizing import BATCH_DOCUMENTS, backend_copy, encode, separator_ids, tokenizer_fingerprint
 from efficientllm.errors import ConfigError, DataError
+from efficientllm.files import staging, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,40 +92,32 @@ def prepare(
         for source in sources
         for text in read_documents(source, text_field=text_field, txt_split=txt_split, tokenizer=tokenizer)
     )
-    # beside the nearest folder that exists, so that an error leaves no parents either
-    anchor = next(parent for parent in out.absolute().parents if parent.exists())
-    partial = anchor / f".{out.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir()
-        writers = {name: ShardWriter(partial, name, dtype) for name in ("train", "valid")}
-        encoded = encode(documents, backend, before, after)
-        count = _write_splits(encoded, writers["train"], writers["valid"], hold_out, progress)
-        for writer in writers.values():
-            writer.close()
-        index = {
-            "version": VERSION,
-            "fingerprint": tokenizer_fingerprint(tokenizer, separator),
-            "separator": separator,
-            "dtype": dtype,
-            "tokens": writers["train"].tokens,
-            "valid_tokens": writers["valid"].tokens,
-            "documents": count,
-            "sha256": hashlib.sha256(b"".join(w.digest.digest() for w in writers.values())).hexdigest(),
-            "sources": [source.spec for source in sources],
-            "shards": {name: writer.shards for name, writer in writers.items()},
-        }
-        with (partial / "index.json").open("w") as file:
-            file.write(json.dumps(index, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(out)
+        with staging(out) as partial:
+            writers = {name: ShardWriter(partial, name, dtype) for name in ("train", "valid")}
+            encoded = encode(documents, backend, before, after)
+            count = _write_splits(encoded, writers["train"], writers["valid"], hold_out, progress)
+            for writer in writers.values():
+                writer.close()
+            index = {
+                "version": VERSION,
+                "fingerprint": tokenizer_fingerprint(tokenizer, separator),
+                "separator": separator,
+                "dtype": dtype,
+                "tokens": writers["train"].tokens,
+                "valid_tokens": writers["valid"].tokens,
+                "documents": count,
+                "sha256": hashlib.sha256(b"".join(w.digest.digest() for w in writers.values())).hexdigest(),
+                "sources": [source.spec for source in sources],
+                "shards": {name: writer.shards for name, writer in writers.items()},
+            }
+            write_whole(partial / "index.json", json.dumps(index, indent=2) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(out)
     except OSError as error:
         raise DataError(
             f"output folder {out}: cannot be written ({error.strerror or error}); free space or move"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return open_tokens(out, spec=", ".join(source.spec for source in sources))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from efficientllm.config.run_config import FIELDS, RunConfig, dump_yaml, flag_name, load_yaml
 from efficientllm.errors import CheckpointError, ConfigError
-from efficientllm.files import staging
+from efficientllm.files import staging, write_whole
 
 # All else decides what comes out, or was used up already.
 CHANGEABLE = {
@@ -50,9 +50,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes config.yaml, whole or not at all."""
-    partial = folder / ".config.yaml.partial"
-    partial.write_text(dump_yaml(config), encoding="utf-8")
-    partial.replace(folder / "config.yaml")
+    write_whole(folder / "config.yaml", dump_yaml(config))
 
 
 def stored_config(out: Path) -> RunConfig:

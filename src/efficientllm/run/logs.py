@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.errors import ConfigError
+from efficientllm.files import write_whole
 
 
 class JsonLines:
@@ -31,12 +32,7 @@ class JsonLines:
             return
         self._file.close()
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
