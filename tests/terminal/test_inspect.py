@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from efficientllm.cli import main
+from helpers.paths import SHARED
 
-CONFIGS = Path("/work/shared/data/configs")
+CONFIGS = SHARED / "data/configs"
 SUPPORTED = {
     "llama",
     "mistral",
@@ -129,3 +130,18 @@ def test_inspect_takes_real_configs_or_refuses_them_in_one_line(
             out, err = capsys.readouterr()
             assert out == "" and err.startswith("efficientllm: error: ") and err.count("\n") == 1, file.name
             assert raw["model_type"] in err or ("quantised" in err and "quantization_config" in raw), file.name
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder"), [("gpt2", "GPT2LMHeadModel"), ("codegen", "CodeGenForCausalLM"), ("gemma3", "")]
+)
+def test_an_unknown_family_is_refused_without_torch(family: str, decoder: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": [decoder]}))
+    program = (
+        "import sys\nfrom efficientllm.cli import main\n"
+        f"code = main(['inspect', {str(tmp_path)!r}])\n"
+        "print(code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 []\n"
+    assert f"model {tmp_path}: {family}: cannot be pruned" in done.stderr and done.stderr.count("\n") == 1

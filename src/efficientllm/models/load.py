@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientllm.errors import ConfigError, UnsupportedModelError
+from efficientllm.space.families import REFUSED, check_family
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DECODERS = ("ForCausalLM", "LMHeadModel")  # how the classes of decoder language models end
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, arm: as /proc/cpuinfo names them
 
@@ -28,6 +30,25 @@ def load_config(model: str, trust_remote_code: bool = False) -> "PretrainedConfi
         UnsupportedModelError: not found, no model, quantised, an encoder, or of an unknown type.
     """
     return _read_config(find_model(model), model, trust_remote_code)
+
+
+def check_prunable(model: str) -> None:
+    """Refuses a decoder of a family that cannot be pruned by its config.json alone, before torch is imported.
+
+    What else may be wrong with a model is left to `load_config`.
+
+    Raises:
+        UnsupportedModelError: as `check_family` and `find_model`; no config.json, or a broken one.
+    """
+    path = find_model(model)
+    raw = _read_json(path / "config.json", path, model)
+    kind, classes = raw.get("model_type"), raw.get("architectures") or []
+    is_decoder = kind in REFUSED or any(str(name).endswith(DECODERS) for name in classes)
+    if isinstance(kind, str) and is_decoder and not raw.get("quantization_config"):
+        try:
+            check_family(kind)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"model {model}: {error}") from None
 
 
 def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False) -> "PreTrainedModel":

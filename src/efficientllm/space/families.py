@@ -5,6 +5,8 @@ Labels: `vocab` and `head_dim` never shrink; `hidden`, `ffn`, `kv` (key and valu
 names is an error, never a guess; to add a family, add its rows (docs/families.md).
 """
 
+from efficientllm.errors import UnsupportedModelError
+
 Label = str | tuple[str, ...]
 Table = dict[str, tuple[Label, ...]]
 
@@ -73,3 +75,13 @@ REFUSED = {
 # `hidden_size % num_attention_heads == 0` is demanded by these families' configs even when head_dim is set
 # (transformers 5.23, validate_architecture); a bias-free Llama escapes by being saved as Mistral.
 HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
+
+
+def check_family(family: str) -> None:
+    """Raises UnsupportedModelError if models of this `model_type` cannot be pruned, with the reason."""
+    if family not in FAMILIES:
+        reason = REFUSED.get(family, "no table of axis labels")
+        raise UnsupportedModelError(
+            f"{family}: cannot be pruned ({reason}). Supported: {', '.join(FAMILIES)}. "
+            "To add a family, see docs/families.md."
+        )

@@ -2,14 +2,15 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.space.cost import Polynomial
 from efficientllm.space.dims import KINDS, Bundle, Dim, Role, Slot, Space, dim_name, kind_of, layer_of
-from efficientllm.space.families import FAMILIES, REFUSED, Label
+from efficientllm.space.families import FAMILIES, Label, check_family
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OUTPUT_LAYERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 
@@ -24,7 +25,7 @@ class _Layer:
     ffn: int
 
 
-def find_space(model: nn.Module, per_layer: bool = False) -> Space:
+def find_space(model: "nn.Module", per_layer: bool = False) -> Space:
     """Returns the pruning space of a decoder model, on any device, `meta` included.
 
     Args:
@@ -36,12 +37,7 @@ def find_space(model: nn.Module, per_layer: bool = False) -> Space:
     """
     config: Any = model.config
     family: str = config.model_type
-    if family not in FAMILIES:
-        reason = REFUSED.get(family, "no table of axis labels")
-        raise UnsupportedModelError(
-            f"{family}: cannot be pruned ({reason}). Supported: {', '.join(FAMILIES)}. "
-            "To add a family, see docs/families.md."
-        )
+    check_family(family)
     table = FAMILIES[family]
     if config.is_heterogeneous and not per_layer:
         raise UnsupportedModelError(

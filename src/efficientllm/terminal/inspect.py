@@ -36,8 +36,9 @@ def print_space(
         UnsupportedModelError: the model cannot be read or pruned.
         BudgetError: a floor or multiple below 1.
     """
-    from efficientllm.models.load import load_config, open_space
+    from efficientllm.models.load import check_prunable, load_config, open_space
 
+    check_prunable(model)
     config = load_config(model, trust_remote_code)
     space = open_space(config, model)
     limits = find_limits(space, config, round_to=round_to, min_ffn=min_ffn, min_hidden=min_hidden, min_kv=min_kv)
