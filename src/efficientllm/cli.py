@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from efficientllm.flags import LIMITS, TEXT, build_parser, check_flags
 from efficientllm.numbers import parse_count
 from efficientllm.planning.gpus import read_cluster
 
+PATIENCE = 60.0  # seconds that a silent rank waits for the main rank's line, at most
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 2 for a mistake that one line explains, 130 for Ctrl-C."""
@@ -28,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # under torchrun every rank fails alike, but for what only one of them has
             if is_main_rank() or getattr(error, "one_rank", False):
                 print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
+            else:
+                time.sleep(PATIENCE)  # torchrun ends all ranks when one does: the one that speaks goes first
             return 2
         except KeyboardInterrupt:
             return 130

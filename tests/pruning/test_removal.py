@@ -15,7 +15,21 @@ from efficientllm.models.llama_mistral import relabel_llama_
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.removal import check_state, compact_, count_live_, entries, retire_
 from efficientllm.space import Space, find_space
-from helpers.families import EVERY, FFN, HEADS, HIDDEN, LAYERS, NAMES, batch, logits, loss_of, make_model, stock
+from helpers.families import (
+    DIVIDED,
+    EVERY,
+    FAMILIES,
+    FFN,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    NAMES,
+    batch,
+    logits,
+    loss_of,
+    make_model,
+    stock,
+)
 
 KINDS = ("hidden", "ffn", "kv", "query")
 Units = dict[str, list[int]]
@@ -71,11 +85,11 @@ def test_zeroed_equals_compacted(name: str, heads: str) -> None:
         units, others = (pick(find_space(make_model(name, heads)), kind, seed) for seed in (0, 1))
         assert units != others
         small = compacted(retired(make_model(name, heads), units), units)
-        if kind == "hidden" or (name == "olmo2" and kind == "kv"):  # their norms count live entries
+        if kind == "hidden" or (FAMILIES[name].norms == "heads" and kind == "kv"):  # their norms count live entries
             zeroed = logits(retired(make_model(name, heads), units, LiveNorms()))
             assert (logits(retired(make_model(name, heads), units)) - zeroed).abs().max() > 1e-6
             other = logits(retired(make_model(name, heads), others, LiveNorms()))
-        elif name == "olmo2" and kind == "query":
+        elif FAMILIES[name].norms == "heads" and kind == "query":
             continue  # removed at once; the norm over all heads leaves nothing to compare with but the stock model
         else:
             zeroed = logits(without(make_model(name, heads), kind, units))
@@ -92,14 +106,14 @@ def test_compacted_is_the_stock_model_of_its_config(name: str, heads: str) -> No
     model = make_model(name, heads)
     relabel_llama_(model)  # a Mistral accepts every size
     for seed, kind in enumerate(removable(heads)):
-        if name in ("gemma2", "gemma3_text", "llama-bias") and kind != "ffn":
+        if FAMILIES[name].heads_divide_hidden and kind != "ffn":
             continue  # their configs accept no such size: next test
         compacted(model, pick(find_space(model), kind, seed))
     assert_stock(model)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "llama-bias"])
+@pytest.mark.parametrize("name", DIVIDED)
 def test_compacted_is_the_stock_model_of_a_constrained_family(name: str) -> None:
     model = make_model(name)
     space = find_space(model)

@@ -17,10 +17,10 @@ from efficientllm.delivery import llama_cpp
 from efficientllm.delivery.gguf.size import FileSize
 from efficientllm.space import find_limits, find_space
 from helpers.edge import byte_level_tokenizer, save
-from helpers.families import NAMES, differing, make_config, meta_model, numel
+from helpers.families import FAMILIES, NAMES, differing, make_config, meta_model, numel
 from helpers.runs import STEPS, TARGET, arguments, num_rows, result_bytes, rows, start, wait_for
 
-FITS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "smollm3", "phi3")
+FITS = [name for name, family in FAMILIES.items() if family.deci]
 SETTINGS = ["--layout", "per-layer", "--checkpoint-every", "4", "--save-at", "590000"]
 
 
@@ -143,7 +143,7 @@ def test_deci_holds_every_layers_own(name: str, tmp_path: Path, monkeypatch: pyt
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(out).tensors}
     for layer, heads in enumerate((6, 2, 6)):
         attention = model.model.layers[layer].self_attn
-        projection = attention.qkv_proj if name == "phi3" else attention.q_proj
+        projection = attention.qkv_proj if FAMILIES[name].fused else attention.q_proj
         rows_of = torch.cat([order + 8 * head for head in range(heads)])
         assert torch.equal(tensors[f"blk.{layer}.attn_q.weight"], projection.weight.detach()[rows_of])
 
@@ -161,7 +161,7 @@ def test_families_without_room_are_refused_at_export_and_at_the_start(
     words[1] = str(tmp_path / "source")
     assert main([*words, "--layout", "per-layer", "--for", "q8_0"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    reason = "norm of queries and keys" if name in ("qwen3", "olmo2", "gemma3_text") else "deci, has"
+    reason = "norm of queries and keys" if FAMILIES[name].norms else "deci, has"
     assert reason in first and reason in second and "--layout uniform" in second
     assert sorted(tmp_path.iterdir()) == there
 

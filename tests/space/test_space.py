@@ -13,10 +13,11 @@ from transformers import AutoConfig
 
 from efficientllm.errors import BudgetError, UnsupportedModelError
 from efficientllm.space import Polynomial, find_limits, find_space
-from efficientllm.space.families import FAMILIES
+from efficientllm.space.families import FAMILIES as TABLES
 from efficientllm.space.limits import check_target
 from helpers.families import (
     EVERY,
+    FAMILIES,
     FFN,
     HEAD_DIM,
     HIDDEN,
@@ -74,7 +75,7 @@ def test_units_own_whole_axes_once(name: str, heads: str) -> None:
     tied = model.config.tie_word_embeddings
     assert space.tied == (("lm_head.weight",) if tied else ())
     assert {slot.param for dim in space.dims() for slot in dim.slots} == {
-        key for key in params if not key.endswith(("q_norm.weight", "k_norm.weight")) or name == "olmo2"
+        key for key in params if not key.endswith(("q_norm.weight", "k_norm.weight")) or FAMILIES[name].norms == "heads"
     }
 
 
@@ -142,7 +143,7 @@ def test_real_configs_build_or_are_refused_by_name() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # old names of keys in old configs
             model = meta_model(AutoConfig.for_model(**values))
-        if family not in FAMILIES:
+        if family not in TABLES:
             with pytest.raises(UnsupportedModelError, match=f"^{family}: "):
                 find_space(model)
             continue
@@ -225,14 +226,14 @@ def test_large_models_round_to_64() -> None:
 @pytest.mark.parametrize("heads", ["grouped", "multihead"])
 def test_every_legal_shape_is_accepted_by_its_family(name: str, heads: str) -> None:
     limits = limits_of(name, heads, min_ffn=38)
-    constrained = name in ("gemma2", "gemma3_text", "llama-bias")
+    constrained = FAMILIES[name].heads_divide_hidden
     assert (limits.tile["hidden"] > 1) == constrained
     refused = 0
     for hidden in range(1, HIDDEN + 1):
         for kv in limits.legal_sizes("kv", limits.source["kv"]):
             for query in limits.legal_sizes("query", limits.source["query"]):
                 shape = {"hidden": hidden, "ffn": 38, "kv": kv, "query": query}
-                config = resized(make_config("mistral" if name in ("llama", "llama-tied") else name, heads), shape)
+                config = resized(make_config(FAMILIES[name].saved_as or name, heads), shape)
                 try:
                     type(config).from_dict(config.to_dict())
                 except StrictDataclassClassValidationError:

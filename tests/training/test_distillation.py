@@ -25,7 +25,7 @@ from efficientllm.training.loss import chunked_loss_
 from efficientllm.training.recipe import make_recipe
 from efficientllm.training.teacher import Teacher
 from efficientllm.training.trainer import Trainer
-from helpers.families import NAMES, batch, make_model
+from helpers.families import NAMES, batch, capped, make_model
 from helpers.paths import DEMO_MODEL
 
 CPU = torch.device("cpu")
@@ -48,8 +48,7 @@ def written_out(student: Any, teacher: Any, tokens: Tensor, weight: float, tempe
 @pytest.mark.parametrize("name", [*NAMES])
 def test_every_family_has_the_loss_and_gradients_of_torch(name: str) -> None:
     """Also Granite's scaled and Gemma's soft-capped logits, of the student and of another model of the family."""
-    changes = {"final_logit_softcapping": 0.5} if name in ("gemma2", "gemma3_text") else {}
-    stock, ours, teacher = (make_model(name, seed=seed, **changes) for seed in (0, 0, 1))
+    stock, ours, teacher = (make_model(name, seed=seed, **capped(name)) for seed in (0, 0, 1))
     chunked_loss_(ours)
     tokens = batch(rows=3)
     expected = written_out(stock, teacher, tokens, 0.3, 2.0)
@@ -85,12 +84,12 @@ def targets_of(states: Tensor, head: Tensor, weight: float, **more: Any) -> Dist
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 4.0])
 def test_what_the_teacher_does_as_well_needs_no_learning(temperature: float) -> None:
     h, W, targets = leaves()
-    targets = targets_of(h, W, 1.0, temperature=temperature)
-    loss, (_, kl) = targets.loss(h, W, targets, scale=1.0, cap=None)
+    taught = targets_of(h, W, 1.0, temperature=temperature)
+    loss, (_, kl) = taught.loss(h, W, targets, scale=1.0, cap=None)
     loss.backward()
     assert loss.item() == kl.item() == 0 and not h.grad.any() and not W.grad.any()
     other, _, _ = leaves(1)  # the negative control
-    loss, (_, kl) = targets.loss(other, W, targets, scale=1.0, cap=None)
+    loss, (_, kl) = taught.loss(other, W, targets, scale=1.0, cap=None)
     loss.backward()
     assert kl.item() > 0.1 and other.grad.abs().max() > 1e-3
 
@@ -135,8 +134,8 @@ def test_neither_model_has_its_logits_whole() -> None:
         targets = torch.randint(0, 131072, (1024,))
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         before = peak()
-        targets = DistillationTargets(states, head, 1.0, None, 0.5, 2.0, distillation_loss_and_grad_)
-        targets.loss(h, W, targets, scale=1.0, cap=None)[0].backward()
+        taught = DistillationTargets(states, head, 1.0, None, 0.5, 2.0, distillation_loss_and_grad_)
+        taught.loss(h, W, targets, scale=1.0, cap=None)[0].backward()
         print(peak() - before)
     """
     done = subprocess.run(

@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from efficientllm.training.cross_entropy import next_token_loss
 from efficientllm.training.loss import chunked_loss_
-from helpers.families import NAMES, batch, logits, loss_of, make_model
+from helpers.families import NAMES, batch, capped, logits, loss_of, make_model
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [*NAMES])
 def test_every_family_has_its_own_loss_and_gradients(name: str) -> None:
-    changes = {"final_logit_softcapping": 0.5} if name in ("gemma2", "gemma3_text") else {}
-    stock, ours = make_model(name, **changes), make_model(name, **changes)
+    stock, ours = make_model(name, **capped(name)), make_model(name, **capped(name))
     chunked_loss_(ours)
     tokens = batch(rows=3)
     expected = loss_of(stock, tokens)

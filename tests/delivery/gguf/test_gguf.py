@@ -29,9 +29,9 @@ from efficientllm.errors import UnsupportedModelError
 from efficientllm.space.families import FAMILIES
 from helpers.edge import byte_level_tokenizer, fast, save, sentence_piece_tokenizer
 from helpers.families import EVERY, HEAD_DIM, logits
+from helpers.families import FAMILIES as TINY
 
 SQUARE = {"hidden_size": 48}  # heads × head_dim of the grouped layout
-FITTING: dict[str, dict[str, Any]] = {"qwen3": {"attention_bias": False}}  # else refused, see below
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +57,13 @@ def values(path: Path) -> dict[str, Any]:
 def test_every_family_is_written_and_read_back(
     name: str, heads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save(tmp_path / "m", name, heads, **FITTING.get(name, {}))
+    model = save(tmp_path / "m", name, heads, **TINY[name].plain_gguf)
     out = export(tmp_path / "m")
     said = capsys.readouterr().out
     assert "read back" in said and "not loaded in llama.cpp" in said and "efficientllm[llamacpp]" in said
     stored = sum(tensor.n_elements for tensor in gguf.GGUFReader(out).tensors)
     params = sum(param.numel() for param in model.parameters())
-    assert stored > params if name == "olmo2" else stored == params  # wider by zeros, as its graph wants
+    assert stored > params if TINY[name].widened else stored == params  # wider by zeros, as its graph wants
 
 
 def test_every_family_of_the_space_has_an_architecture() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from helpers.edge import byte_level_tokenizer, save, sentence_piece_tokenizer
-from helpers.families import EVERY, differing
+from helpers.families import EVERY, FAMILIES, differing
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make test-edge installs it")
 
@@ -63,19 +63,14 @@ def difference(line: str) -> float:
     return float(found.group(1))
 
 
-def fitting(name: str, heads: str) -> dict[str, Any]:
-    """What a family's tiny config needs to fit llama.cpp's architecture."""
-    return {"attention_bias": False} if name == "qwen3" else {}
-
-
 @pytest.mark.parametrize(("name", "heads"), EVERY)
 def test_every_family_computes_the_same(
     name: str, heads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path / "m", name, heads, num_hidden_layers=3, **fitting(name, heads))
+    save(tmp_path / "m", name, heads, num_hidden_layers=3, **FAMILIES[name].plain_gguf)
     line = export(tmp_path / "m", "f32", capsys)
     # llama.cpp looks Gemma's GELU up in half precision, see convert.HALF_GELU
-    assert difference(line) < (1e-2 if name.startswith("gemma") else 1e-5), line
+    assert difference(line) < (1e-2 if FAMILIES[name].half_gelu else 1e-5), line
 
 
 @pytest.mark.parametrize(
@@ -99,10 +94,10 @@ def test_what_the_tiny_configs_do_not_reach(
 ) -> None:
     save(tmp_path / "m", name, **changes)
     line = export(tmp_path / "m", "f32", capsys)
-    assert difference(line) < (1e-2 if name.startswith("gemma") else 1e-5), line
+    assert difference(line) < (1e-2 if FAMILIES[name].half_gelu else 1e-5), line
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias", "mistral", "qwen2", "smollm3", "phi3"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.deci])
 def test_layers_with_widths_of_their_own(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "m", name, num_hidden_layers=3, **differing(name))
     line = export(tmp_path / "m", "f32", capsys)
@@ -134,7 +129,7 @@ def test_rotary_scaling(name: str, kind: str, tmp_path: Path, capsys: pytest.Cap
         changes |= {"original_max_position_embeddings": 512, "pad_token_id": 0, **SQUARE}
     if per_layer:
         changes |= {"sliding_window": None, **differing(name), ALLOWANCE: kind == "longrope"}
-    save(tmp_path / "m", name, **changes, **fitting(name, "grouped"))
+    save(tmp_path / "m", name, **changes, **FAMILIES[name].plain_gguf)
     assert difference(export(tmp_path / "m", "f32", capsys)) < 1e-5
 
 
