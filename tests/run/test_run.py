@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.cli import main
+from efficientllm.config.command_line import program
 from efficientllm.data.corpus import open_corpus
 from efficientllm.data.loader import batches, mixture
 from efficientllm.distributed.device import physical_cores
@@ -97,7 +98,7 @@ def test_signal_saves_and_resume_ends_with_the_same_bytes(finished: Path, data: 
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert f"efficientllm prune --resume --out {out}" in output
+    assert f"go on with: {program()} prune --resume --out {out}" in output
     assert not (out / "model").exists()
     process = start(["prune", "--resume", "--out", str(out)])
     output, errors = process.communicate(timeout=240)

@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from efficientllm.config.command_line import program
 from efficientllm.config.run_config import RunConfig
 from efficientllm.demo.docstrings import write_corpus
 from efficientllm.errors import EfficientLLMError
@@ -26,6 +27,8 @@ def main() -> int:
     except EfficientLLMError as error:
         print(f"efficientllm: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the run listens for it, or after
+        return 130
 
 
 def demo(source: Path, out: Path) -> int:
@@ -86,7 +89,7 @@ def show(before: dict[str, float], after: dict[str, float], samples: dict[str, s
     console = Console()
     console.print(table)
     print(f"run folder: {out} (config.yaml, metrics.jsonl, removals.jsonl, checkpoints/, model/)")
-    print(f"try: efficientllm generate {out / 'model'} 'Return a new'")
+    print(f"try: {program()} generate {out / 'model'} 'Return a new'")
 
 
 def free_name(path: Path) -> Path:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from efficientllm.baselines.depth import remove_layers_
 from efficientllm.baselines.one_shot import num_batches, remove_one_shot
+from efficientllm.config.command_line import program
 from efficientllm.config.methods import METHODS
 from efficientllm.config.run_config import FIELDS, RunConfig
 from efficientllm.data.corpus import Corpus
@@ -273,7 +274,7 @@ class Run:
         )
         if file := self.source.budget.file:
             say(
-                f"its file takes {file(trainer.pruner.shape):,} bytes: efficientllm export {quote(self.config.out)} "
+                f"its file takes {file(trainer.pruner.shape):,} bytes: {program()} export {quote(self.config.out)} "
                 f"--to gguf --type {file.type} --out {quote(self.out.name)}.gguf"
             )
         if losses:
@@ -292,7 +293,7 @@ class Run:
         save_result(folder, self.trainer, self.source, tokens=tokens, losses=losses, annealed=annealed)
 
     def _resume_command(self) -> str:
-        return f"efficientllm prune --resume --out {quote(self.config.out)}"
+        return f"{program()} prune --resume --out {quote(self.config.out)}"
 
     def _last_good(self) -> str:
         with suppress(OSError, RuntimeError):
