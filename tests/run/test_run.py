@@ -330,3 +330,19 @@ def test_kill_at_any_moment(finished: Path, data: Path, tmp_path: Path, delay: f
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert result_bytes(out) == result_bytes(finished)
+
+
+def test_a_run_goes_on_when_its_text_is_gone(finished: Path, data: Path, tmp_path: Path) -> None:
+    """Its tokens are in its folder: after Ctrl-C in the demo, whose text is in a temporary one, it can go on."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "stopped"
+    shutil.copy(data, text)
+    process = start([*arguments(text, out), "--save-at", "590000", "--checkpoint-every", "4", "--eval-every", "5"])
+    wait_for(lambda: num_rows(out) > 6, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    text.unlink()
+    command = output.splitlines()[-1].partition("go on with: ")[2]
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert result_bytes(out) == result_bytes(finished)

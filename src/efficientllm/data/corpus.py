@@ -74,10 +74,10 @@ def open_corpus(
             progress=None if progress is None else lambda documents, count: progress(source.spec, documents, count),
         )
 
-    sources = [parse_source(spec) for spec in config.data]
-    valid_source = None if config.valid is None else parse_source(config.valid)
-    parts = tuple(
-        (tokens(source, f"train-{number:02d}", valid_source is None), source.weight)
-        for number, source in enumerate(sources)
-    )
+    def find(spec: str, name: str) -> DataSource:
+        return parse_source(spec, is_read=not (folder / name).exists())
+
+    sources = {f"train-{number:02d}": find(spec, f"train-{number:02d}") for number, spec in enumerate(config.data)}
+    valid_source = None if config.valid is None else find(config.valid, "valid")
+    parts = tuple((tokens(source, name, valid_source is None), source.weight) for name, source in sources.items())
     return Corpus(parts, None if valid_source is None else tokens(valid_source, "valid", False))

@@ -39,10 +39,13 @@ class DataSource:
         return path if path.exists() else None
 
 
-def parse_source(spec: str) -> DataSource:
+def parse_source(spec: str, is_read: bool = True) -> DataSource:
     """The source that `DATA` or `DATA=WEIGHT` names.
 
     A spec that exists as a path is that path, whatever signs it holds.
+
+    Args:
+        is_read: whether it must be there, to be read; not where a run has its tokens already.
 
     Raises:
         ConfigError: the weight is not a finite number above 0.
@@ -60,7 +63,7 @@ def parse_source(spec: str) -> DataSource:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data {spec}: the weight {number!r} is not a finite number above 0; write DATA=0.3")
     source = DataSource(spec, location, weight)
-    if source.path is None and _looks_like_path(location):
+    if is_read and source.path is None and _looks_like_path(location):
         raise DataError(f"data {spec}: {location!r} does not exist; give {READABLE}")
     return source
 
