@@ -131,7 +131,7 @@ def complete_tiles(kind: str, ledger: Ledger, limits: Limits, compaction_tile: i
     """
     bundles = of_kind(ledger.space.shape, kind)
     if kind == "query":
-        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (method.md section 2)
+        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (docs/method.md section 2)
     legal = {bundle: limits.tile[bundle] for bundle in bundles}
     if compaction_tile is None:
         return legal

@@ -1,4 +1,4 @@
-"""Selection: which group goes next, and whether the model can still land on its target (issue 1, "Landing").
+"""Selection: which group goes next, and whether the model can still land on its target (docs/method.md section 11).
 
 In the per-layer layout every layer has bundles of its own; they compete with each other as kinds do.
 """
