@@ -1,4 +1,4 @@
-"""The engine of one process; those of several (engine.py) override what more than one needs."""
+"""The engine of one process; those of several (parallel.py) override what more than one needs."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (process.py).
+"""The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (engine.py).
 
 With checkpoint.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and sums
 gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica: hybrid

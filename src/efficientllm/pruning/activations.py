@@ -1,4 +1,4 @@
-"""Inputs of the consumers, kept from the forward pass that trains: what variant B solves with (method.md section 6)."""
+"""Inputs of the consumers, kept from the pass that trains: what variant B solves with (docs/method.md section 6)."""
 
 from collections import defaultdict
 from collections.abc import Mapping

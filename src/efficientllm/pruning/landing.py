@@ -1,7 +1,7 @@
 """Landing: whether a model can still end within one FFN tile under its target, and under every size saved on the way.
 
 A shape lands on a target where its size lies in (target - one FFN tile, target]. Selection asks before every removal
-whether one can still be reached (docs/method.md, section 9), so a run never ends at a size that misses.
+whether one can still be reached (docs/method.md section 11), so a run never ends at a size that misses.
 
 The worst case, in shapes whose size is looked at, for one target: in the uniform layout every legal number of KV groups
 times every legal number of query heads, with a bisection over the hidden sizes each, kv · query · log2(hidden); where

@@ -126,7 +126,7 @@ def complete_tiles(kind: str, tracker: UnitTracker, limits: Limits, compaction_t
     """
     bundles = of_kind(tracker.space.shape, kind)
     if kind == "query":
-        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (method.md section 2)
+        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (docs/method.md section 2)
     legal = {bundle: limits.tile[bundle] for bundle in bundles}
     if compaction_tile is None:
         return legal

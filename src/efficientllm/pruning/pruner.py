@@ -3,7 +3,7 @@
     pruner = Pruner(model, optimizer, target_params=134_000_000)
 
 It hooks the optimizer's own step: scores come from the weights and gradients that the step is about to use, removals
-follow right after it (method.md section 7).
+follow right after it (docs/method.md section 7).
 """
 
 import weakref

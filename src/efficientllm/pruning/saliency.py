@@ -1,4 +1,4 @@
-"""Saliency: what removing a unit would cost the loss (method.md section 3). Higher is costlier to remove.
+"""Saliency: what removing a unit would cost the loss (docs/method.md section 3). Higher is costlier to remove.
 
 Scores are per-element means, not sums, so that a head and a channel compare (EfficientLLM, figure A0).
 """

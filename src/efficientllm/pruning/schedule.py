@@ -1,4 +1,4 @@
-"""Schedule: when a removal is due (method.md section 4). Steps count from 1; the warm-up has none."""
+"""Schedule: when a removal is due (docs/method.md section 4). Steps count from 1; the warm-up has none."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which shapes are legal: floors, tiles, and what a family's config accepts (architecture.md section 5)."""
+"""Which shapes are legal: floors, tiles, and what a family's config accepts (docs/method.md section 10)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

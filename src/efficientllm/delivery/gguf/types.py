@@ -1,7 +1,7 @@
 """What each tensor of a GGUF file becomes: llama.cpp's own rules, and the bits per weight that follow.
 
 Mirrors `llama_tensor_get_type_impl` and `tensor_type_fallback` of llama.cpp's src/llama-quant.cpp (October 2026) for
-the types offered here; tests/test_llama_cpp.py compares with what llama.cpp's quantiser really writes.
+the types offered here; tests/delivery/gguf/test_llama_cpp.py compares with what llama.cpp's quantiser really writes.
 """
 
 import re
