@@ -232,6 +232,20 @@ def _compare(given: argparse.Namespace) -> int:
     return compare(given.runs, out=given.out, overwrite=given.overwrite)
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    from efficientllm.terminal.doctor import doctor
+
+    return doctor(as_json=given.json)
+
+
+def _completion(given: argparse.Namespace) -> int:
+    _check_choice("SHELL", given.shell, ("bash", "zsh", "fish"))
+    from efficientllm.terminal.completion import completion_script
+
+    print(completion_script(*build_parser(HANDLERS), given.shell))
+    return 0
+
+
 def _at_least_one(text: str, flag: str) -> int:
     number = parse_count(text, flag)
     if number < 1:
@@ -275,4 +289,6 @@ HANDLERS = {
     "eval": _eval,
     "compare": _compare,
     "push": _push,
+    "doctor": _doctor,
+    "completion": _completion,
 }

@@ -210,6 +210,12 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     compare.add_argument("--out", metavar="FILE", help="the table as .md, or everything as .json")
     compare.add_argument("--overwrite", action="store_true", help="replace --out")
 
+    doctor = add("doctor", "[--json]", "shows whether a run would work here, and what this machine has")
+    doctor.add_argument("--json", action="store_true", help="print it for programs")
+
+    completion = add("completion", "SHELL", "prints a script that completes verbs, flags and values in a shell")
+    completion.add_argument("shell", metavar="bash|zsh|fish", help="which shell")
+
     push = add("push", "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
     push.add_argument("repo", metavar="HUB/NAME", help="repository to upload to")

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from efficientllm.config.run_config import RunConfig
-from efficientllm.distributed.device import default_precision, default_threads, physical_cores
+from efficientllm.distributed.device import default_precision, default_threads
 from efficientllm.distributed.engine import Engine
+from efficientllm.distributed.host import physical_cores
 from efficientllm.errors import TrainingError
 from efficientllm.models.load import empty_model, load_model
 from efficientllm.pruning import LinearPace, Pruner

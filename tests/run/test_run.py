@@ -21,7 +21,7 @@ from efficientllm.cli import main
 from efficientllm.config.command_line import program
 from efficientllm.data.corpus import open_corpus
 from efficientllm.data.loader import batches, mixture
-from efficientllm.distributed.device import physical_cores
+from efficientllm.distributed.host import physical_cores
 from efficientllm.run.folder import continued, new_folder, stored_config
 from efficientllm.run.signals import Interruption, exit_on_sigterm
 from helpers.paths import DEMO_MODEL

@@ -112,7 +112,7 @@ def test_inspect_fits_the_terminal(columns: int, tmp_path: Path) -> None:
     assert not any("…" in line for line in lines)
 
 
-@pytest.mark.skipif(not CONFIGS.exists(), reason="needs the real configs of /work/shared")
+@pytest.mark.skipif(not CONFIGS.exists(), reason="no shared configs")
 def test_inspect_takes_real_configs_or_refuses_them_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,9 +21,9 @@ from efficientllm.distributed.device import (
     default_threads,
     find_device,
     memory_bytes,
-    physical_cores,
 )
 from efficientllm.distributed.engine import Engine
+from efficientllm.distributed.host import physical_cores
 from efficientllm.distributed.parallel import claim_folder, least_of_ranks, start_engine, started_before
 from efficientllm.distributed.rendezvous import is_main_rank
 from efficientllm.errors import CheckpointError
