@@ -233,7 +233,7 @@ def test_what_flags_were_called_still_works(
         ("prune M --config nowhere.yaml", ["--config nowhere.yaml", "cannot be read"]),
         ("prune M --config key.yaml", ["unknown key 'targt_params'", "did you mean target_params?"]),
         ("prune M --config list.yaml", ["--config list.yaml", "holds a list"]),
-        ("prune M --config broken.yaml", ["--config broken.yaml", "not YAML"]),
+        ("prune M --config broken.yaml", ["--config broken.yaml", "not valid YAML"]),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -41,7 +41,7 @@ CLUSTER = (  # what `plan` asks beside the run itself
     ("--gpus", "N", "number of GPUs (default: 1)"),
     ("--gpu", "NAME", "which GPU, such as H100, A100-80GB or RTX-4090"),
     ("--flops", "X", "dense bf16 matrix FLOP/s of each GPU, such as 989T"),
-    ("--bandwidth", "X", "bytes/s that a GPU sends to another, such as 450G: half of what data sheets give"),
+    ("--bandwidth", "X", "bytes/s that a GPU sends to another, such as 450G (data sheets give both directions)"),
     ("--gpu-memory", "X", "bytes of memory of each GPU, such as 80G"),
     ("--mfu", "X", "fraction of the FLOP/s that training reaches (default: 0.4, an assumption)"),
 )

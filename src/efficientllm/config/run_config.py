@@ -54,7 +54,7 @@ class RunConfig:
     batch_tokens: int = _flag(2**20, "tokens per optimizer step")
     micro_batch_size: int | None = _flag(None, "rows per forward pass (default: auto, as many as fit)")
     lr: float | None = _flag(None, "peak learning rate (default: depends on the source's size)", "X")
-    seed: int = _flag(0, "seed of the data order and the initial weights")
+    seed: int = _flag(0, "seed of data order, initial weights and sampling")
     init: str = _flag("pretrained", "weights to start from", choices=("pretrained", "scratch"))
     method: str = _flag("efficientllm", "how the model is made smaller (docs/methods.md)", choices=tuple(METHODS))
     allocation: str | None = _flag(
@@ -105,7 +105,7 @@ class RunConfig:
         None, "ranks that share one copy of the model under fsdp (default: all ranks of one machine)"
     )
     precision: str | None = _flag(
-        None, "of matrix products; weights stay float32 (default: bf16 on a GPU)", choices=("float32", "bf16")
+        None, "precision of matrix products; weights stay float32 (default: bf16 on a GPU)", choices=("float32", "bf16")
     )
     compile: bool = _flag(False, "compile the layers (torch.compile), again after every compaction")
     threads: int | None = _flag(None, "threads per process on a CPU (default: its physical cores)")
