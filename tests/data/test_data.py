@@ -101,10 +101,10 @@ def test_parquet(tmp_path: Path) -> None:
     assert documents(path) == ["a", "b"]
     with pytest.raises(DataError, match="row 1: no field 'body', found text, id"):
         documents(path, text_field="body")
-    with pytest.raises(DataError, match="row 1: 'id' is int, not text"):
+    with pytest.raises(DataError, match="row 1: 'id' holds int, not text"):
         documents(path, text_field="id")
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="broken parquet"):
+    with pytest.raises(DataError, match="corrupt parquet"):
         documents(path)
 
 
@@ -143,7 +143,7 @@ def test_messages_are_rendered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: broken JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: invalid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"line 2: a list, not a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"line 2: no field 'text', found body, id"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 0xff\)"),

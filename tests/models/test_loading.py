@@ -158,7 +158,7 @@ UNREADABLE: list[tuple[Callable[[Path], None], str]] = [
     (impossible_sizes, "cannot be "),
 ]
 WITHOUT_GOOD_WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
-    (pickle_only, "only as pickle (pytorch_model.bin)"),
+    (pickle_only, "are a pickle (pytorch_model.bin)"),
     (weightless, f"no {WEIGHTS}"),
     (truncated, f"{WEIGHTS} is truncated or corrupt"),
     (truncated_in_the_header, f"{WEIGHTS} is truncated or corrupt"),
@@ -269,7 +269,7 @@ def test_the_unspoilt_model_is_taken(verb: str, model: Path, capsys: pytest.Capt
 
 def test_weights_too_many_are_left_out_with_a_warning(model: Path) -> None:
     edit_weights(model, lambda weights: weights.update(extra=torch.zeros(2)))
-    with pytest.warns(UserWarning, match="1 weights .* 'extra'"):
+    with pytest.warns(UserWarning, match="ignored 1 weight .* 'extra'"):
         loaded = load_model(str(model))
     assert "extra" not in loaded.state_dict()
 

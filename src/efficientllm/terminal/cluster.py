@@ -30,7 +30,7 @@ def cluster_parts(plan: RunPlan, config: RunConfig, cluster: Cluster, space: Spa
         f"Estimate for {cluster.num_gpus} × {cluster.gpu.name} ({gpu_words(cluster)})",
         *hours_lines(plan, config, cluster, setup, space),
         step_table(plan, config, cluster, setup, space),
-        f"Memory of each GPU in GB, at the source's shape; up to {gigabytes(limit)} ({MEMORY_SHARE:.0%} of a GPU) fits",
+        f"Memory per GPU in GB, at the source's shape; up to {gigabytes(limit)} ({MEMORY_SHARE:.0%} of a GPU) fits",
         memory_table(plan, config, cluster, space),
         *legend_lines(config, cluster),
         *suggestion_lines(suggest(config, cluster, space, plan.source, plan.teacher), setup, plan, space),
@@ -76,8 +76,7 @@ def hours_lines(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup
     return [
         f"engine     {engine} in {setup.precision} ({why})",
         *hours_of,
-        f"           assumes that {cluster.mfu:g} of the FLOP/s is reached (--mfu) and that sending overlaps with "
-        "compute",
+        f"           assumes {cluster.mfu:g} of the FLOP/s (--mfu), and sending that overlaps compute",
         *(
             ["           steps are too short for that: they take as long as a CPU takes to launch them"]
             if brief
@@ -136,7 +135,7 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     if config.compensate:
         copies.append("layer inputs")
     return [
-        "rows: per pass; states: weights, gradients, moments; activations: saved by a pass;",
+        "rows: per pass; states: weights, gradients, moments; activations: saved by it;",
         f"copies: {', '.join(copies) or 'none'}",
     ]
 

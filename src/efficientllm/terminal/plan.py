@@ -194,7 +194,7 @@ def here_lines(
     )
     memory = estimate(space, limits.source, setup, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows)
     rows = f"{micro_batch_size} of {recipe.batch_rows} rows per pass, {config.seq_len} tokens each, {precision}"
-    lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process on this machine ({rows})"]
+    lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
     lines += [f"           {_bytes(size):>8} {name.replace('_', ' ')}" for name, size in memory.parts().items()]
     if config.compensate:
         lines.append(
