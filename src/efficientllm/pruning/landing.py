@@ -3,7 +3,7 @@
 A shape lands on a target where its size lies in (target - one FFN tile, target]. Selection asks before every removal
 whether one can still be reached (docs/method.md section 11), so a run never ends at a size that misses.
 
-The worst case, in shapes whose size is looked at, for one target: in the uniform layout every legal number of KV groups
+The worst case, in shapes whose size is computed, for one target: in the uniform layout every legal number of KV groups
 times every legal number of query heads, with a bisection over the hidden sizes each, kv · query · log2(hidden); where
 layers have heads of their own one way down is searched, layers · (kv + query) · log2(hidden), each size a sum over
 layers. Of m targets each is searched below every landing on the one before, so the bound is that to the power of m; the
@@ -27,7 +27,7 @@ def is_landed(shape: Shape, limits: Limits, measure: Measure, target: int) -> bo
 def may_remove(bundle: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
     """Returns whether a unit of a bundle may go so that the model can still end within one FFN tile of every target.
 
-    Once completing the open tiles is enough, only they go on.
+    Once completing the open tiles is enough, only they continue.
     """
     return shape[bundle] > limits.floor[bundle] and may_become(
         {**shape, bundle: shape[bundle] - 1}, shape, limits, measure, targets

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.models.llama_mistral import relabel_llama_
+from efficientllm.numbers import counted
 from efficientllm.pruning.activations import InputSampler, compensate_
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.placement import Placement
@@ -50,7 +51,7 @@ class Pruner:
             parameters on.
         compaction_tile: retired channels (as many columns of O, for heads) that wait for one compaction, a matter of
             speed (default: the limits' tiles).
-        placement: where the model's tensors stand (default: here, whole).
+        placement: where the model's tensors are (default: here, whole).
         save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
     Attributes:
@@ -95,8 +96,8 @@ class Pruner:
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
         if missing:
             raise UnsupportedModelError(
-                f"the optimizer does not hold '{missing[0]}' and {len(missing) - 1} more parameters of this model; "
-                "build it from model.parameters() before the Pruner"
+                f"the optimizer does not hold {counted(len(missing), 'parameter')} of this model, such as "
+                f"'{missing[0]}'; build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
         self.placement, self.per_layer = placement or Placement(), per_layer
@@ -185,7 +186,7 @@ class Pruner:
             self.sampler.clear()
 
     def compact(self) -> None:
-        """Compacts whatever waits, so that every shape is the stock one of this size."""
+        """Compacts everything that waits, so that every shape is the stock one of this size."""
         self._compact(dict.fromkeys(self.space.bundles, 1))
 
     def close(self) -> None:
@@ -250,7 +251,7 @@ class Pruner:
     def _compact(self, tiles: Mapping[str, int]) -> None:
         units = self.tracker.waiting(tiles)
         if units:
-            self.scorer.look()  # before units are numbered anew
+            self.scorer.look()  # before units are renumbered
             model = self.placement.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
@@ -258,7 +259,7 @@ class Pruner:
             count_live_(self.model, self._norms, self.space, self.tracker.retired)
 
     def _move_to(self, model: nn.Module) -> None:
-        """Goes on with a model that was built anew at the smaller shape."""
+        """Continues with a model that was rebuilt at the smaller shape."""
         save_as_before(self.model)
         self.model = model
         self._norms = LiveNorms(self.placement.compiles)

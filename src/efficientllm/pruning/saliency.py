@@ -41,7 +41,7 @@ SALIENCIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 @dataclass(frozen=True)
 class Sums:
-    """Element saliencies summed over every unit, before they are looked at.
+    """Element saliencies summed over every unit, before they are read.
 
     Attributes:
         totals: of all units, one dim after the other, on the device.

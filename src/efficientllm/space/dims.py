@@ -35,7 +35,7 @@ def dim_name(kind: str, layer: int | None = None, group: int | None = None) -> s
 
 
 def layer_of(path: str) -> int | None:
-    """Returns the layer that a parameter or module stands in, None for those outside."""
+    """Returns the layer that a parameter or module is in, None for those outside."""
     _, inside, rest = f".{path}".partition(".layers.")
     return int(rest.partition(".")[0]) if inside else None
 

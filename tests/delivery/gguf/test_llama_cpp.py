@@ -189,7 +189,7 @@ def split(pattern: str) -> Any:
 def test_tokenizers(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The export compares TEXTS itself; here also that it would notice."""
     save(tmp_path / "m", "llama", tokenizer=tokenizer)
-    assert f"{len(TEXTS) + 1} texts tokenised alike" in export(tmp_path / "m", "f32", capsys)
+    assert f"{len(TEXTS) + 1} texts tokenised identically" in export(tmp_path / "m", "f32", capsys)
     found = in_child("llama.cpp", llama_cpp.tokens, f"{tmp_path}/m.gguf", TEXTS)
     same = [ids == tokenizer(text)["input_ids"] for ids, text in zip(found, TEXTS, strict=True)]
     assert all(same) or ([text for text, is_same in zip(TEXTS, same, strict=True) if not is_same] == [TEXTS[3]])

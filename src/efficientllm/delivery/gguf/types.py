@@ -70,7 +70,7 @@ def plan_types(
 
     Args:
         num_layers, many_groups: of the model; 80 layers with several queries a key have their own rule.
-        k_types: whether Q4_K, Q5_K, Q6_K can be written; without them their fall-backs stand in.
+        k_types: whether Q4_K, Q5_K, Q6_K can be written; without them their fallbacks are used.
     """
     tensors = list(tensors)
     is_tied = all(name != "output.weight" for name, _ in tensors)
@@ -128,7 +128,7 @@ def type_lines(plans: Sequence[Plan], type: str) -> list[str]:
     for kind in sorted({(plan.wanted, plan.type, plan.shape[-1]) for plan in plans if plan.type != plan.wanted}):
         wanted, got, columns = kind
         block = GGML_QUANT_SIZES[wanted][0]
-        why = f"{columns} columns are no multiple of {block}" if columns % block else "only llama.cpp can write it"
+        why = f"{columns} columns are not a multiple of {block}" if columns % block else "only llama.cpp can write it"
         lines.append(f"  {wanted.name} became {got.name}: {why}")
     return lines
 
