@@ -33,6 +33,7 @@ OURS = {  # files that set attributes of nothing but our own objects, or of ones
     "delivery/onnx_runtime.py": "onnxruntime's SessionOptions",
     "pruning/scoring.py": "the tracker of units",
     "run/session.py": "the Trainer",
+    "terminal/completion.py": "our own parser's actions, for shtab to read",
 }
 
 

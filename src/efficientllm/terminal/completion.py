@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficientllm.config.run_config import GGUF_TYPES
-from efficientllm.planning.gpus import CARDS
+from efficientllm.planning.gpus import GPUS
 
 FILES = {"FILE", "YAML", "JSON", "DATA", "MODEL"}  # metavars of what may be a file or a folder
 FOLDERS = {"DIR", "RUN", "TEACHER"}
-VALUES = {"TYPE": GGUF_TYPES, "--gpu": tuple(CARDS)}  # by metavar or flag
+VALUES = {"TYPE": GGUF_TYPES, "--gpu": tuple(GPUS)}  # by metavar or flag
 
 
 def completion_script(parser: ArgumentParser, verbs: Mapping[str, ArgumentParser], shell: str) -> str:
