@@ -321,7 +321,7 @@ def test_the_papers_rows_of_the_same_size() -> None:
     ("arguments", "words"),
     [
         ("", ["MODEL is missing"]),
-        ("M --tasks pika", ["no task 'pika'", "did you mean piqa?", "commonsense"]),
+        ("M --tasks pika", ["unknown task 'pika'", "did you mean piqa?", "commonsense"]),
         ("M --tasks piqa --data-dir nowhere", ["--data-dir nowhere", "no such folder", "piqa_valid.jsonl"]),
         ("M --tasks boolq --data-dir D", ["no boolq_valid.jsonl in --data-dir D"]),
         ("M --tasks arc_easy --data-dir D", ["arc_easy_test.jsonl, line 2", "gold is 7", "fix or remove"]),
@@ -337,7 +337,7 @@ def test_the_papers_rows_of_the_same_size() -> None:
         ("D --text t.txt", ["eval D: has neither model/"]),
         ("./nowhere --text t.txt", ["no such folder"]),
         ("M --text t.txt --out t.txt", ["--out t.txt exists", "--overwrite"]),
-        ("M --text t.txt --out D --overwrite", ["--out D: is a folder"]),
+        ("M --text t.txt --out D --overwrite", ["--out D is a folder"]),
         ("M --text t.txt --out t.txt/r.json", ["cannot be written"]),
     ],
 )

@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "free space" in errors and "Traceback" not in errors
+    assert "free up space" in errors and "Traceback" not in errors
     assert not list((tmp_path / "full/checkpoints").glob("step-*"))
 
 

@@ -14,7 +14,7 @@ LAYER_LISTS = ("layer_types", "no_rope_layers")  # lists in a config with an ent
 
 
 def start_config(config: RunConfig) -> Any:
-    """Returns the transformers config of the model that training begins with: the source's, but for two methods.
+    """Returns the transformers config of the model that training starts with: the source's, but for two methods.
 
     Raises:
         UnsupportedModelError, ConfigError, BudgetError: as `load_config`, `other_config` and `num_layers_left`.

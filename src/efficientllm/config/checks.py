@@ -129,7 +129,7 @@ def _check_values(config: RunConfig) -> None:
 
 
 def _check_method(config: RunConfig) -> None:
-    """Raises ConfigError if a flag means nothing to the method, or contradicts another one."""
+    """Raises ConfigError if a flag does not apply to the method, or contradicts another one."""
     method = METHODS[config.method]
     for name in LIMITED:
         value = getattr(config, name)

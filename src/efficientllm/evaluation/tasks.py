@@ -29,7 +29,7 @@ class Task:
         folder: where the harness defines it, below lm_eval/tasks.
         split: what it is scored on.
         file: its local file, below `--data-dir`.
-        fields: a local row in the fields of the harness's data set; KeyError, TypeError, ValueError if it is no row.
+        fields: a local row in the fields of the harness's data set; KeyError, TypeError, ValueError if it is not a row.
         metric: the one that tables show; results.json holds all.
     """
 
@@ -185,7 +185,7 @@ def local_rows(task: Task, folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of a task's local file in the fields of the harness's data set.
 
     Raises:
-        DataError: no such file, none in it, or a line that is no row of this task.
+        DataError: no such file, none in it, or a line that is not a row of this task.
     """
     file = folder / task.file
     if not file.is_file():

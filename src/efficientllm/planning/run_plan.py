@@ -172,7 +172,7 @@ def read_kinds(run: str) -> list[str]:
     """Returns the kinds of a run's removals in their order.
 
     Raises:
-        ConfigError: if the run has no log, or a line of it is no removal.
+        ConfigError: if the run has no log, or a line of it is not a removal.
     """
     path = Path(run).expanduser() / "removals.jsonl"
     kinds = []

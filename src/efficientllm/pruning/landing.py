@@ -64,7 +64,7 @@ def _landings(shape: Shape, limits: Limits, measure: Measure, target: int) -> It
     not too large, by bisection.
 
     Layers with heads of their own have too many combinations of them. There one way down is searched, which depends on
-    nothing but the shape it begins at: after a step along it the rest of it is what is searched, so that a run that can
+    nothing but the shape it starts at: after a step along it the rest of it is what is searched, so that a run that can
     land can always take a step and still land.
     """
     if _fills(shape, limits, measure, target) == 0:
@@ -141,7 +141,7 @@ def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shap
 def ffn_tile_size(shape: Shape, limits: Limits, measure: Measure) -> int:
     """Returns what one FFN tile adds to the size: over all layers, or to the layer where it adds most.
 
-    To a source whose width is no multiple of the tile the last step is narrower, but may be larger in bytes.
+    To a source whose width is not a multiple of the tile the last step is narrower, but may be larger in bytes.
     """
     largest = 0
     for bundle, width in of_kind(shape, "ffn").items():

@@ -18,7 +18,7 @@ EPS_NAMES = ("variance_epsilon", "eps")
 
 @dataclass
 class Correction:
-    """What stands on one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales.
+    """What is kept for one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales.
 
     Attributes:
         share: of the norm's entries, those that live; what both factors were last written for.

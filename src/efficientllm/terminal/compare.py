@@ -38,7 +38,7 @@ def compare(runs: Sequence[str], *, out: str | None, overwrite: bool) -> int:
     """Prints runs side by side with their curves, and writes them as Markdown or JSON; returns the exit code.
 
     Raises:
-        ConfigError: a folder is no run, an `out` of another kind, or one that is there or cannot be written.
+        ConfigError: a folder is not a run, an `out` of another kind, or one that is there or cannot be written.
     """
     file = Path(out).expanduser() if out else None
     if file:

@@ -157,7 +157,7 @@ class Trainer:
         return "train" if self.pruner.done else "prune"
 
     def row(self, phase: str) -> dict[str, Any]:
-        """Returns where the run stands, as a row of metrics without the figures of a step."""
+        """Returns the state of the run, as a row of metrics without the figures of a step."""
         return {
             "step": self.step,
             "tokens": self.tokens,

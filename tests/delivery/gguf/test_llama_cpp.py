@@ -215,7 +215,7 @@ def test_tokens_of_a_chat(make: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_real_model(type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "stories.gguf"
     assert main(["export", str(STORIES), "--to", "gguf", "--type", type, "--out", str(out)]) == 0
-    assert "tokenised alike" in capsys.readouterr().out
+    assert "tokenised identically" in capsys.readouterr().out
 
 
 def test_a_runs_own_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

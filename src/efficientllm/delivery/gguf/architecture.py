@@ -135,7 +135,7 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
         per_layer: whether layers shall be able to have widths of their own, even if they have not yet.
 
     Raises:
-        UnsupportedModelError: none does; names what stands in the way.
+        UnsupportedModelError: none does; names the reasons.
     """
     names = CANDIDATES.get(config.model_type)
     if names is None:

@@ -37,7 +37,7 @@ ERROR = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model's file holds, whatever the types of its tensors.
+    """What a model's file holds, apart from the types of its tensors.
 
     Attributes:
         name: llama.cpp's architecture.

@@ -27,7 +27,7 @@ TYPES: dict[str, tuple[T, LlamaFileType]] = {  # by --type: most tensors' type, 
 }
 PLAIN = (T.F32, T.F16, T.BF16)
 K_TYPES = (T.Q4_K, T.Q5_K, T.Q6_K)  # blocks of 256 columns; `gguf` reads them, only llama.cpp writes them
-FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}  # where columns are no multiple of 256
+FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}  # where columns are not a multiple of 256
 
 
 @dataclass(frozen=True)
