@@ -92,5 +92,5 @@ def test_without_the_extra_the_error_names_it(
     save(tmp_path / "m", "llama")
     monkeypatch.setattr(onnx_export, "PARTS", ("onnx", "no_such_part"))
     assert main(["export", str(tmp_path / "m"), "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 2
-    assert "no_such_part; pip install 'efficientllm[onnx]'" in capsys.readouterr().err
+    assert "no_such_part; run pip install 'efficientllm[onnx]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -62,7 +62,7 @@ def test_plan_shows_bytes_and_what_rounding_costs(capsys: pytest.CaptureFixture[
     assert "hidden 32, ffn 32" in line
     cost, needed, held = (
         int(re.search(pattern, line).group(1).replace(",", ""))  # type: ignore[union-attr]
-        for pattern in (r"about ([\d,]+) parameters below", r"take ([\d,]+) bytes", r"hold ([\d,]+) for")
+        for pattern in (r"about ([\d,]+) parameters below", r"take ([\d,]+) bytes", r"hold ([\d,]+) parameters instead")
     )
     assert 0 < cost < 3 * 4 * 32 * 96  # an FFN tile
     assert needed > 2 * after and held < end / 2  # 16 bits, since no row is made of blocks
@@ -85,7 +85,10 @@ def test_rounding_follows_the_type(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "words"),
     [
         ("--target-bytes 350kB", ["--target-bytes needs --for"]),
-        ("--target-bytes 350kB --target-params 300k --for q4_0", ["--target-params and --target-bytes", "give one"]),
+        (
+            "--target-bytes 350kB --target-params 300k --for q4_0",
+            ["--target-params and --target-bytes", "give only one"],
+        ),
         ("--target-bytes 350kB --for q4", ["--for q4 is not one of", "did you mean"]),
         ("--target-bytes 350k --for q4_0", ["--target-bytes: '350k'", "120MB"]),
         ("--target-bytes 60kB --for q4_0", ["--target-bytes 60k", "smallest reachable size", "embedding", "q4_0"]),

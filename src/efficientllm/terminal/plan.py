@@ -149,7 +149,7 @@ def rounding_lines(plan: RunPlan, space: Space, limits: Limits, budget: Budget) 
     sizes = ((kind, max(of_kind(file.limits.tile, kind).values())) for kind in KINDS)
     tiles = ", ".join(f"{kind} {size}" for kind, size in sizes if size > 1)
     return [
-        f"rounding   to multiples (tiles) of {tiles}: about {left:,} parameters below what the target allows;",
+        f"rounding   to tiles of {tiles}: about {left:,} parameters below what the target allows;",
         f"           without it about as many parameters take {needed:,} bytes instead of {num_bytes:,}, and {room:,} "
         f"bytes hold {held:,} parameters instead of {params:,}",
     ]
