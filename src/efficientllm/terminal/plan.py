@@ -127,7 +127,7 @@ def schedule_lines(plan: RunPlan, config: RunConfig, recipe: Recipe) -> list[str
         f"removals   {counts.total():,}" + (f" ({kinds})" if kinds else ""),
         f"pruning    {_phase(plan.prune_steps, config)}; {how}, after {recipe.warmup_steps:,} warm-up steps",
         f"afterwards {_phase(after, config)}",
-        f"total      {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
+        f"total      {_phase(plan.steps, config)}; {format_count(config.batch_tokens)} tokens per step",
         f"peak lr    {recipe.lr:g} ({recipe.lr_reason})",
     ]
 
