@@ -30,7 +30,7 @@ HUES, DASHES = 8, ("", " dashed", " dotted", " dash-dotted")  # of lines that ar
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis counts: its title, how its ticks are written (by default with the decimals they need), and values."""
+    """What an axis counts: its title, how its ticks are written (None: with the decimals they need), and its values."""
 
     title: str
     tick: Format | None
@@ -197,8 +197,8 @@ def _words(lines: Sequence[Line], x: Axis, y: Axis) -> str:
         (first, begin), (last, end) = line.points[0], line.points[-1]
         ys = [value for _, value in line.points]
         found.append(
-            f"{line.label or y.title}: {y.exact(begin)} at {x.exact(first)} {x.title}, {y.exact(end)} at {x.exact(last)}, "
-            f"between {y.exact(min(ys))} and {y.exact(max(ys))}."
+            f"{line.label or 'From'}: {y.exact(begin)} at {x.exact(first)} {x.title}, "
+            f"{y.exact(end)} at {x.exact(last)}; lowest {y.exact(min(ys))}, highest {y.exact(max(ys))}."
         )
     return " ".join(found)
 
@@ -249,15 +249,22 @@ def _draw(line: Line, place_x: Scale, place_y: Scale) -> Drawn:
     return Drawn(line.label, line.style, path, points if line.dots or len(points) == 1 else [], x + 6, y)
 
 
-def _labelled(lines: list[Drawn], top: float, bottom: float) -> list[Drawn]:
+def _labelled(lines: Sequence[Drawn], top: float, bottom: float) -> list[Drawn]:
     """Returns the lines in their order, labels pushed apart so that none covers another, within the plot."""
-    order = sorted(range(len(lines)), key=lambda n: lines[n].label_y)
-    heights: list[float] = []
-    for n in order:
-        heights.append(max(lines[n].label_y, heights[-1] + LINE if heights else top))
-    limit = bottom
-    for n in reversed(range(len(heights))):
-        heights[n] = min(heights[n], limit)
-        limit = heights[n] - LINE
-    placed = dict(zip(order, heights, strict=True))
+    columns: dict[float, list[int]] = {}  # labels that stand above each other, by where their column begins
+    for n in sorted(range(len(lines)), key=lambda n: lines[n].label_x):
+        at = lines[n].label_x
+        begin = next((x for x in columns if at - x < CHARACTER * len(lines[n].label) + 2), at)
+        columns.setdefault(begin, []).append(n)
+    placed: dict[int, float] = {}
+    for column in columns.values():
+        order = sorted(column, key=lambda n: lines[n].label_y)
+        heights: list[float] = []
+        for n in order:
+            heights.append(max(lines[n].label_y, heights[-1] + LINE if heights else top))
+        limit = bottom
+        for n in reversed(range(len(heights))):
+            heights[n] = min(heights[n], limit)
+            limit = heights[n] - LINE
+        placed |= dict(zip(order, heights, strict=True))
     return [replace(line, label_y=round(placed[n], 1)) for n, line in enumerate(lines)]

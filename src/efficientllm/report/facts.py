@@ -12,7 +12,7 @@ from efficientllm.numbers import format_count
 from efficientllm.report.formats import byte_size, duration, loss, percent, perplexity, scientific
 from efficientllm.report.history import History
 from efficientllm.report.samples import Texts
-from efficientllm.report.timeseries import end_of_pruning, sizes_of
+from efficientllm.report.timeseries import end_of_pruning
 from efficientllm.report.values import MISSING
 from efficientllm.report.verdict import difference, last_loss, source_loss
 from efficientllm.run.environment import read_starts
@@ -63,11 +63,8 @@ def numbers(run: History) -> list[tuple[str, str, str]]:
 
 def runs_table(runs: Named) -> Table:
     """Returns several runs side by side."""
-    heads = ["run", "name", "parameters", "less", "held-out loss", "against source", "perplexity", "best loss"]
-    return [
-        [*heads, "tokens", "time", "FLOPs", "weights", "shape"],
-        *(_row(letter, run) for letter, run in runs),
-    ]
+    heads = ["run", "parameters", "less", "held-out loss", "against source", "perplexity", "best loss"]
+    return [[*heads, "tokens", "time", "FLOPs", "weights"], *(_row(letter, run) for letter, run in runs)]
 
 
 def warnings(runs: Named) -> list[tuple[str, str]]:
@@ -92,7 +89,7 @@ def files(runs: Named) -> Table:
 
 
 def environment(runs: Named) -> Table:
-    """Returns a column for every start of every run: when, on what, with which versions; empty where none is recorded."""
+    """Returns a column for every start of every run: when, on what, with which versions; empty if none is recorded."""
     if not any(read_starts(run.folder) for _, run in runs):
         return []
     starts: list[tuple[str, dict[str, Any]]] = []
@@ -105,7 +102,7 @@ def environment(runs: Named) -> Table:
     rows = [
         [
             "date",
-            *(str(start.get("date", NOT_RECORDED)).replace("T", " ").replace("+00:00", " UTC") for _, start in starts),
+            *(_date(start.get("date", NOT_RECORDED)) for _, start in starts),
         ],
         ["hardware", *(_hardware(start.get("hardware", {})) for _, start in starts)],
         ["system", *(str(start.get("hardware", {}).get("system", NOT_RECORDED)) for _, start in starts)],
@@ -134,6 +131,11 @@ def next_commands(run: History, texts: Texts) -> list[tuple[str, str]]:
         ("Score it beside its source", f"efficientllm eval {folder} {quote(run.config['model'])} {scored}"),
         ("Set it beside other runs (name them after it)", f"efficientllm compare {folder}"),
     ]
+
+
+def compare_command(runs: Named) -> str:
+    """Returns the command that sets the same runs beside each other on a terminal."""
+    return " ".join(["efficientllm compare", *(quote(str(run.folder.resolve())) for _, run in runs)])
 
 
 def command(run: History) -> str:
@@ -171,8 +173,7 @@ def _row(letter: str, run: History) -> list[str]:
     after = [each for tokens, each in run.valid_losses if tokens > 0]
     size = weights_size(run.folder / "model")
     return [
-        letter,
-        name_of(run) + ("" if run.finished else " (not finished)"),
+        " ".join([f"{letter}: {name_of(run)}", *states(run)]),
         f"{run.params:,}",
         percent(1 - run.params / run.source_params),
         MISSING if last is None else loss(last),
@@ -183,7 +184,6 @@ def _row(letter: str, run: History) -> list[str]:
         duration(run.seconds),
         scientific(run.flops[-1]) if run.flops else MISSING,
         byte_size(size) if size else MISSING,
-        sizes_of(run.rows[-1]),
     ]
 
 
@@ -211,10 +211,19 @@ def _hardware(found: dict[str, Any]) -> str:
     """Returns a start's hardware in words."""
     if not found:
         return NOT_RECORDED
-    cpu = f"{found.get('processor')}, {found.get('threads')} threads on {found.get('cores')} cores"
+    threads, cores = (_counted(found.get(each), each) for each in ("threads", "cores"))
+    cpu = f"{found.get('processor')}, {threads} on {cores}"
     processes = found.get("processes") or 1
     device = f"{found['gpu']}; {cpu}" if found.get("gpu") else cpu
     return device if processes == 1 else f"{processes} processes, each: {device}"
+
+
+def _counted(number: Any, things: str) -> str:
+    return f"{number} {things.removesuffix('s') if number == 1 else things}"
+
+
+def _date(moment: str) -> str:
+    return moment.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _is_text(valid: Any) -> bool:

@@ -126,9 +126,9 @@ def _selection(run: History) -> Figure:
     return Figure(
         "selection",
         "What was removed, and why",
-        "Up to the last removal. Lowest saliency: that of the least salient group of every kind, on a logarithmic axis; "
-        "the lowest goes next (the paper's figure A0). Share removed: how much of each kind was gone by then, as a mean "
-        "over layers.",
+        "Up to the last removal. Lowest saliency: that of the least salient group of every kind, on a logarithmic "
+        "axis; the lowest goes next (the paper's figure A0). Share removed: how much of each kind was gone by then, as "
+        "a mean over layers.",
         panels=kept(panels) if run.removals else (),
     )
 
@@ -137,20 +137,22 @@ def _anatomy(run: History) -> Figure:
     picture = architecture_of(run)
     rows = [[name, f"{number:,}", formats.percent(share)] for name, number, share in taken(run.removals)]
     layers = num_layers(run)
+    differ = any(isinstance(run.rows[-1][name], list) for name in SIZES.values())
     heats = [
-        heat_map(f"Share of the {label} that went, by layer", run.rows, name, layers, STYLES[label])
+        heat_map(f"Share of {label} that went, by layer", run.rows, name, layers, STYLES[label])
         for label, name in SIZES.items()
+        if differ
     ]
     caption = "A row is a layer, the first at the bottom; pale is the source, solid what is left. "
     caption += "All widths are on one scale; heads are as wide as their number times the head size."
-    if any(heats):
+    if heats:
         caption += " By layer, over tokens: the darker, the more of a layer was gone, in fifths; its share at the end "
-        caption += "beside it. The hidden size is one for all layers."
+        caption += "beside it. All layers have one hidden size."
     return Figure(
         "architecture",
         "The architecture before and after",
         caption,
-        heats=kept(heats),
+        heats=heats,
         architectures=[("Widths of the layers", picture)] if picture else (),
         table_title="What the removed parameters were",
         table=[["kind", "parameters", "share"], *rows] if run.removals else [],

@@ -54,6 +54,7 @@ class UnitMap:
     Attributes:
         units: of a strip.
         in_cell: units that share a cell, at most.
+        gone: how many of a strip went, or the least and the most of the strips.
         strips: (layer's number from 1, or an empty text; y; paths by age), the first layer at the bottom.
     """
 
@@ -61,7 +62,7 @@ class UnitMap:
     style: str
     units: int
     in_cell: int
-    gone: int
+    gone: str
     row: float
     height: float
     strips: list[tuple[str, float, list[tuple[int, str]]]]
@@ -155,12 +156,10 @@ def unit_maps(removals: Sequence[Mapping[str, Any]], first: Mapping[str, Any], l
     return [_map(kind, sizes[kind], ages[kind], layers) for kind in KINDS if ages.get(kind)]
 
 
-def heat_map(
-    title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: int, style: str = "accent"
-) -> HeatMap | None:
-    """Returns the map of a field of metrics.jsonl that holds a size a layer; None if all layers have the same."""
-    if isinstance(rows[-1][name], int):
-        return None
+def heat_map(title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: int, style: str = "accent") -> HeatMap:
+    """Returns the map of a field of metrics.jsonl that holds a size a layer, or one size for all layers."""
+    if shared := isinstance(rows[-1][name], int):
+        layers = 1
     source = by_layer(rows[0][name], layers)
     moments = picked(rows, MOST_CELLS - 1)
     row, right = min(16.0, max(5.0, 240 / layers)), WIDTH - ENDS
@@ -174,7 +173,8 @@ def heat_map(
             if gone > 0:
                 level = min(AGES - 1, int(AGES * gone))
                 paths[level].append(_rect(NUMBERS + number * width, y, width + 0.2, row - 0.8))
-        labels.append((str(layer + 1), f"{100 * (1 - rows[-1][name][layer] / source[layer]):.0f}%", y))
+        share = 1 - by_layer(rows[-1][name], layers)[layer] / source[layer]
+        labels.append(("all" if shared else str(layer + 1), f"{100 * share:.0f}%", y))
     return HeatMap(
         title=title,
         style=style,
@@ -212,7 +212,7 @@ def _map(kind: str, units: int, ages: Mapping[str, Mapping[int, int]], layers: i
         style=STYLES[LABELS[kind]],
         units=units,
         in_cell=-(-units // cells),
-        gone=max(len(each) for each in ages.values()),
+        gone=sizes_text([len(ages.get(name, {})) for name in names]),
         row=row,
         height=round(row * len(names) + 2, 1),
         strips=strips,

@@ -51,8 +51,8 @@ def _losses(runs: Named) -> Figure:
     return Figure(
         "loss",
         "Loss and size",
-        "Each run under its letter, over tokens and over the parameters that were left. Losses on held-out text compare "
-        "only between runs with the same source and data. Training losses are means of neighbouring steps.",
+        "Each run under its letter, over tokens and over the parameters that were left. Losses on held-out text "
+        "compare only between runs with the same source and data. Training losses are means of neighbouring steps.",
         panels=kept(panels),
     )
 

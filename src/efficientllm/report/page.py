@@ -99,6 +99,7 @@ def render(runs: Sequence[History], texts: Sequence[Texts], refresh: int | None 
             for label, each in zip(labels, texts, strict=True)
         ],
         "next": [(label, facts.next_commands(run, each)) for label, run, each in zip(labels, runs, texts, strict=True)],
+        "compare": "" if one else facts.compare_command(named),
         "commands": [(label, facts.command(run)) for label, run in zip(labels, runs, strict=True)],
         "environment": facts.environment(named),
         "files": facts.files(named),
@@ -131,7 +132,7 @@ def _several_runs(named: Sequence[tuple[str, History]]) -> dict[str, Any]:
         "title": f"{len(named)} runs",
         "lead": "From " + ", ".join(sorted({run.config["model"] for _, run in named})),
         "verdicts": verdicts(named),
-        "states": [f"{letter}: {state}" for letter, run in named for state in facts.states(run)],
+        "states": [],
         "numbers": [],
         "table": facts.runs_table(named),
         "figures": shared_figures(named),

@@ -11,7 +11,7 @@ from typing import Any
 
 from efficientllm.report.charts import Point
 from efficientllm.report.history import History
-from efficientllm.report.layer_plots import mean_size, sizes_text
+from efficientllm.report.layer_plots import mean_size
 
 SIZES = {  # fields of metrics.jsonl by what they count
     "hidden": "hidden_size",
@@ -125,12 +125,6 @@ def num_layers(run: History) -> int:
         return int(config["num_hidden_layers"])
     named = (re.match(r"layers\.(\d+)\.", name) for row in run.removals for name in row["units"])
     return max((int(match[1]) + 1 for match in named if match), default=1)
-
-
-def sizes_of(row: Mapping[str, Any]) -> str:
-    """Returns the shape of a row of metrics.jsonl in words."""
-    hidden, ffn, heads, kv = (sizes_text(row[name]) for name in SIZES.values())
-    return f"hidden {hidden}, FFN {ffn}, {heads} query heads, {kv} KV heads"
 
 
 def end_of_pruning(run: History) -> int:

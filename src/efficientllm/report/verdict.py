@@ -25,8 +25,8 @@ def verdicts(runs: Sequence[tuple[str, History]]) -> list[str]:
     if left:
         verb = "does" if len(left) == 1 else "do"
         found.append(
-            f"{', '.join(left)} {verb} not compare in loss with {'the others' if groups else 'each other'}: another source, "
-            "other held-out text, or none yet."
+            f"{', '.join(left)} {verb} not compare in loss with {'the others' if groups else 'each other'}: another "
+            "source, other held-out text, or no loss on it yet."
         )
     return found
 

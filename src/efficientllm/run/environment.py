@@ -1,4 +1,4 @@
-"""environment.json of a run folder: on what machine, with which versions and when the run began, and each time it resumed."""
+"""environment.json of a run folder: on what machine, with which versions and when the run began and was resumed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def add_start(folder: Path, step: int, ranks: int) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns every start that a run folder records, the first one first; empty for folders from before there were any."""
+    """Returns every start that a run folder records, the first one first; empty where the file is missing or broken."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
