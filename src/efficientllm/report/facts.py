@@ -173,7 +173,7 @@ def _row(letter: str, run: History) -> list[str]:
     after = [each for tokens, each in run.valid_losses if tokens > 0]
     size = weights_size(run.folder / "model")
     return [
-        " ".join([f"{letter}: {name_of(run)}", *states(run)]),
+        f"{letter}: {name_of(run)}" + ("" if run.finished else " (not finished)"),
         f"{run.params:,}",
         percent(1 - run.params / run.source_params),
         MISSING if last is None else loss(last),

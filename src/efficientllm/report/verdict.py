@@ -57,8 +57,10 @@ def _smaller(run: History) -> str:
 def _against_source(run: History) -> str:
     first, last = source_loss(run), last_loss(run)
     begun = "fresh weights’" if run.config["method"] == "scratch" else "source’s"
+    removed = run.rows[0].get("removed_valid_loss")
+    at_once = f" Right after the removal it was {loss(removed)}." if removed is not None else ""
     if last is None and first is not None:
-        return f"Held-out loss not measured since the {begun} {loss(first)}."
+        return f"Held-out loss not measured since the {begun} {loss(first)}.{at_once}"
     if last is None or first is None:
         seen = [each for row in run.rows if (each := text_loss(row)) is not None]
         trained = f" The training loss went from {loss(seen[0])} to {loss(seen[-1])}." if seen else ""
@@ -67,7 +69,7 @@ def _against_source(run: History) -> str:
     where = "equal to" if apart == 0 else f"{abs(apart):.3f} nats per token {'above' if apart > 0 else 'below'}"
     return (
         f"Held-out loss {loss(last)}, {where} the {begun} {loss(first)}; perplexity {perplexity(last)} against "
-        f"{perplexity(first)}."
+        f"{perplexity(first)}.{at_once}"
     )
 
 
@@ -77,7 +79,10 @@ def _ranked(group: Sequence[tuple[str, History]]) -> str:
     best, name, run = ordered[0]
     first = source_loss(run)
     against = f", {difference(best, first)} against the source’s {loss(first)}" if first is not None else ""
-    others = ", ".join(f"{name} {difference(each, best)} (× {exp(each - best):.2f})" for each, name, _ in ordered[1:])
+    others = ", ".join(
+        f"{name} {difference(each, best)} (× {exp(each - best):.2f})".replace(" ", "\N{NO-BREAK SPACE}")
+        for each, name, _ in ordered[1:]
+    )
     return (
         f"{name} ends lowest: held-out loss {loss(best)}{against}; perplexity {perplexity(best)}. "
         f"Above it, in nats per token and in times its perplexity: {others}."
