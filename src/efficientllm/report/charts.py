@@ -153,7 +153,7 @@ def panel(
         x_title=x.title,
         rule=(place_x(rule[0]), rule[1]) if rule and min(xs) < rule[0] < max(xs) else None,
         probes=_probes(kept, place_x, x, y),
-        second=spaced([(place_x(at), text) for at, text in second], _room),
+        second=spaced([(place_x(at), text) for at, text in second if min(xs) <= at <= max(xs)], _room),
     )
 
 

@@ -79,12 +79,12 @@ def _loss_and_size(run: History) -> Figure:
     lines = [Line("training", means, "quiet"), Line("held out", held_out, dots=dots)]
     shrinking = [Line("training", by_size, "quiet"), Line("held out", [(v.params, v.loss) for v in valid], dots=dots)]
     caption = (
-        "Loss over tokens, and over the parameters that were left: there time runs to the right as the model shrinks, "
+        "Loss over tokens, and over the parameters of the model at the time: that axis falls, so that a line goes "
     )
-    caption += "and straight up or down while its size stays. "
+    caption += "on as the model shrinks, and straight up or down while its size stays. "
     y_range = loss_range([means], [held_out])
     if y_range and any(y > y_range[1] for _, y in means):
-        caption += "The highest training losses lie above the picture. "
+        caption += "The highest training losses lie outside the picture. "
     if len(means) < len(loss):
         caption += f"Training loss: means of {-(-len(loss) // len(means))} steps. "
     if any("ce" in row for row in run.rows):
@@ -143,7 +143,7 @@ def _anatomy(run: History) -> Figure:
         for label, name in SIZES.items()
         if differ
     ]
-    caption = "A row is a layer, the first at the bottom; pale is the source, solid what is left. "
+    caption = "A row is a layer, the first at the bottom; pale is the source, solid the result. "
     caption += "All widths are on one scale; heads are as wide as their number times the head size."
     if heats:
         caption += " By layer, over tokens: the darker, the more of a layer was gone, in fifths; its share at the end "
@@ -166,8 +166,8 @@ def _units(run: History) -> Figure:
     return Figure(
         "units",
         "Which units went when",
-        f"Units in the source's order, a strip for every layer, the first at the bottom. A cell is {cells}; what is "
-        "left stays empty.",
+        f"Units in the source's order, a strip for every layer, the first at the bottom. A cell is {cells}; what "
+        "remains is empty.",
         maps=maps,
     )
 
@@ -185,7 +185,7 @@ def _steps(run: History) -> Figure:
         "steps",
         "Learning rate and gradients",
         "The gradient's norm is the one before it is clipped."
-        + (f" Means of {steps} steps; the highest may lie above the picture." if steps > 1 else "")
+        + (f" Means of {steps} steps; the highest may lie outside the picture." if steps > 1 else "")
         + (" Distance to the teacher: the Kullback-Leibler divergence of its distribution." if distances else ""),
         panels=kept(panels),
     )
@@ -218,7 +218,7 @@ def _machine(run: History) -> Figure:
     return Figure(
         "machine",
         "Speed and memory",
-        f"Over tokens; above the plots the time of training, without validation and checkpoints. {MEMORY_NOTE}",
+        f"Over tokens, and on top over the time of training, without validation and checkpoints. {MEMORY_NOTE}",
         panels=kept(panels),
     )
 

@@ -51,8 +51,8 @@ def _losses(runs: Named) -> Figure:
     return Figure(
         "loss",
         "Loss and size",
-        "Each run under its letter, over tokens and over the parameters that were left. Losses on held-out text "
-        "compare only between runs with the same source and data. Training losses are means of neighbouring steps.",
+        "Each run under its letter, over tokens and over the parameters of the model at the time. Losses on held-out "
+        "text compare only between runs with the same source and data. Training losses are means of nearby steps.",
         panels=kept(panels),
     )
 
@@ -75,7 +75,7 @@ def _anatomies(runs: Named) -> Figure:
     return Figure(
         "architecture",
         "The architectures before and after",
-        "A row is a layer, the first at the bottom; pale is the source, solid what is left. Within a picture all "
+        "A row is a layer, the first at the bottom; pale is the source, solid the result. Within a picture all "
         "widths are on one scale; heads are as wide as their number times the head size.",
         architectures=[(title, picture) for title, picture in pictures if picture],
     )
