@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -743,6 +744,8 @@ def test_a_run_ends_with_its_page(finished: Path, capsys: pytest.CaptureFixture[
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert f"{rows[-1]['params']:,}" in page.text and f"{rows[-1]['valid_loss']:.3f}" in page.text
     assert all(row["memory_bytes"] > 10**7 for row in rows[1:])
+    (start,) = read_starts(finished)
+    assert start["step"] == 0 and start["versions"]["transformers"] in page.text and start["date"][:10] in page.text
     assert EVIL in page.text and "<data>.jsonl" in page.text
     samples = json.loads((finished / "samples.json").read_text())["samples"]
     assert len(samples) == 3 and "<script>alert('data')</script>" in samples[0]["prompt"] + samples[0]["reference"]
@@ -756,6 +759,21 @@ def test_a_run_ends_with_its_page(finished: Path, capsys: pytest.CaptureFixture[
     (finished / "samples.json").unlink()
     assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_a_resumed_run_records_both_starts(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert main(["prune", "--resume", "--out", str(run), "--tokens", str(18 * BATCH)]) == 0
+    first, second = read_starts(run)
+    assert first == read_starts(finished)[0] and 0 < second["step"] < 16
+    text = read_page(run / "report.html").text
+    assert f"resumed at step {second['step']}" in text and second["date"][11:19] in text
+    # a folder from before environment.json, gone on with since: its beginning is not known
+    (run / "environment.json").unlink()
+    assert main(["prune", "--resume", "--out", str(run), "--tokens", str(20 * BATCH)]) == 0
+    assert [each["step"] > 0 for each in read_starts(run)] == [True]
 
 
 @pytest.mark.slow
@@ -781,7 +799,9 @@ MEASURE = """
   return {
     overflow: document.documentElement.scrollWidth - innerWidth,
     paper: getComputedStyle(document.body).backgroundColor,
-    colours: ['body', '.lead', '.prompt', 'figcaption', 'summary'].map(name => colour(document.querySelector(name))),
+    colours: ['body', '.lead', '.prompt', 'figcaption', 'summary', '.verdict', '.note'].map(
+      name => colour(document.querySelector(name))),
+    labels: [...document.querySelectorAll('.label')].map(t => getComputedStyle(t).fill),
     figures: Object.fromEntries([...document.querySelectorAll('figure')].map(f => [f.className,
       [...f.querySelectorAll('.line, .after, .age, .dot')].map(box)])),
     columns: new Set([...document.querySelectorAll('figure.loss svg:not(.plot)')].map(s => box(s)[0])).size,
@@ -791,6 +811,18 @@ MEASURE = """
   };
 })()
 """
+
+
+DARK = {"name": "prefers-color-scheme", "value": "dark"}
+READING = """[...document.querySelectorAll('.probes text')].filter(
+  t => getComputedStyle(t).display != 'none').map(t => t.textContent)"""
+STRIP = """(() => {  // the middle of a strip where no held-out loss stands
+  const strips = [...document.querySelector('.probes').querySelectorAll('g')];
+  const strip = strips.find(g => !g.textContent.includes('held out')).querySelector('path');
+  strip.scrollIntoView({block: 'center'});
+  const r = strip.getBoundingClientRect();
+  return [(r.left + r.right) / 2, (r.top + r.bottom) / 2];
+})()"""
 
 
 def contrast(one: str, other: str) -> float:
@@ -811,7 +843,8 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
     url = (finished / "report.html").as_uri()
     papers = set()
     with Chromium(tmp_path / "profile") as browser:
-        for width, phone, dark in ((1280, False, False), (390, True, False), (1280, False, True), (390, True, True)):
+        for width, dark in ((1600, False), (1280, True), (800, False), (390, True), (360, False)):
+            phone = width < 500
             browser.open(url, width, phone=phone, dark=dark, script=not phone)
             found = browser.evaluate(MEASURE)
             assert browser.requests == [url, "data:,"] or browser.requests == [url]
@@ -819,7 +852,9 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
             assert int.from_bytes(shot[16:20]) == width and len(shot) > 50_000  # of its header: the width
             assert found["overflow"] <= 0 and found["columns"] == (1 if phone else 2)
             papers.add(found["paper"])
-            assert all(contrast(colour, found["paper"]) >= 4.5 for colour in found["colours"])
+            assert len(set(found["labels"])) >= 4
+            for colour in found["colours"] + found["labels"]:
+                assert contrast(colour, found["paper"]) >= 4.5, colour
             assert set(found["figures"]) == {"loss", "selection", "architecture", "units", "steps", "machine"}
             for name, boxes in found["figures"].items():
                 drawn = [box for box in boxes if max(box[2] - box[0], box[3] - box[1]) > 2]  # a line may be level
@@ -828,6 +863,17 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
             for text, left, top, right, bottom, size in found["texts"]:
                 assert size >= 8.5 and left >= 0 and right <= width + 1 and bottom > top, text
         assert len(papers) == 2 and not browser.console
+        # values under a pointer, without a script: a strip of the first chart tells those of the log
+        assert browser.evaluate(READING) == []
+        x, y = browser.evaluate(STRIP)
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        (reading,) = browser.evaluate(READING)
+        rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+        assert reading in {f"{row['tokens']:,} tokens · training {row['loss']:.3f}" for row in rows[1:]}
+        # on paper: ink on white, whatever the screen
+        browser.call("Emulation.setEmulatedMedia", media="print", features=[DARK])
+        assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 252, 250)"
+        browser.call("Emulation.setEmulatedMedia", media="", features=[])
         # the negative control: an error on a page is heard, and a handler that is no text would run
         bad = tmp_path / "bad.html"
         bad.write_text("<img src=x: onerror='console.error(1)'><script>nothing()</script>")
