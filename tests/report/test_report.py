@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +21,22 @@ import pytest
 
 from efficientllm.cli import main
 from efficientllm.config.run_config import RunConfig, dump_yaml
-from efficientllm.report.charts import TOP, WIDTH, Line, log_ticks, panel, ticks
-from efficientllm.report.layer_plots import AGES, architecture, heat_map, unit_maps
+from efficientllm.report.charts import TOP, WIDTH, Axis, Line, panel, style_of
+from efficientllm.report.figures import figures_of
+from efficientllm.report.history import read_run
+from efficientllm.report.layer_plots import AGES, LABELS, architecture, heat_map, unit_maps
 from efficientllm.report.live import Server, followed
+from efficientllm.report.multi_run import shared_figures
 from efficientllm.report.samples import beginnings
+from efficientllm.report.ticks import inner_ticks, log_ticks, ticks
+from efficientllm.run.environment import add_start, read_starts
 from helpers.chromium import CHROMIUM, Chromium
 from helpers.paths import DEMO_MODEL
 
 EVIL = "\"><img src=x onerror=alert(1)><script>alert('name')<"  # a folder's name holds no slash
 TEXT = "Return item {n} of the list, or <script>alert('data')</script> if none. <b onclick=alert(1)>It is {n}.</b> "
 BATCH = 512
+X, Y = Axis("tokens", str, str), Axis("nats", str, str)
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------
@@ -60,7 +67,7 @@ def test_points_stand_where_the_ticks_say(log: bool) -> None:
     import math
 
     points = [(0.0, 3e-5), (250.0, 1.7e-4), (400.0, 9e-5), (1000.0, 4.2e-4)]
-    found = panel("", [Line("", points)], "tokens", str, str, log=log)
+    found = panel("", [Line("", points)], X, Y, log=log)
     assert found
 
     def place(value: float, marks: list[tuple[float, str]], scale: Any) -> float:
@@ -77,7 +84,7 @@ def test_points_stand_where_the_ticks_say(log: bool) -> None:
 
 def test_labels_keep_clear_of_each_other_and_of_the_edge() -> None:
     lines = [Line(f"line {n}", [(0, 0), (1, 1 + n / 1000)]) for n in range(6)]
-    found = panel("", lines, "tokens", str, str)
+    found = panel("", lines, X, Y)
     assert found
     heights = [line.label_y for line in found.lines]
     assert heights == sorted(heights, reverse=True)  # as the lines end
@@ -87,9 +94,56 @@ def test_labels_keep_clear_of_each_other_and_of_the_edge() -> None:
 
 
 def test_nothing_to_draw_is_no_chart() -> None:
-    assert panel("", [Line("a", [])], "tokens", str, str) is None
-    assert panel("", [Line("a", [(0, 1)]), Line("b", [(0, 2)])], "tokens", str, str) is None
-    assert panel("", [Line("a", [(0, 0), (1, -1)])], "tokens", str, str, log=True) is None
+    assert panel("", [Line("a", [])], X, Y) is None
+    assert panel("", [Line("a", [(0, 1)]), Line("b", [(0, 2)])], X, Y) is None
+    assert panel("", [Line("a", [(0, 0), (1, -1)])], X, Y, log=True) is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 80_896), (1024, 80_896), (129_248, 260_032), (512, 15_360), (3, 3.001)])
+def test_inner_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    found = inner_ticks(low, high)
+    assert 3 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+    steps = [after - before for before, after in pairwise(found)]
+    assert max(steps) == pytest.approx(min(steps)) and low > found[0] - steps[0] and high < found[-1] + steps[0]
+
+
+def test_labels_of_lines_that_end_elsewhere_stay_beside_their_ends() -> None:
+    ends = [Line("A", [(0, 0), (10, 5)]), Line("B", [(0, 0), (4, 5)]), Line("C", [(0, 0), (10, 5.01)])]
+    found = panel("", ends, X, Y)
+    assert found
+    a, b, c = found.lines
+    assert b.label_y == numbers(b.path)[-1][1]  # nobody stands there
+    assert abs(a.label_y - c.label_y) >= 12.9
+
+
+def test_an_axis_that_falls_runs_from_the_source_to_the_right() -> None:
+    found = panel("", [Line("", [(260, 1.5), (200, 2.0), (130, 3.0), (130, 2.5)])], X, Y, falling=True)
+    assert found
+    (first, *_, before, last) = numbers(found.lines[0].path)
+    assert first[0] == found.left and last[0] == before[0] == pytest.approx(found.right, abs=0.06)
+    assert [float(text) for _, text in found.x_ticks] == sorted((float(t) for _, t in found.x_ticks), reverse=True)
+
+
+def test_a_strip_of_a_chart_reads_the_points_within_it() -> None:
+    dense = [(float(n), n / 7) for n in range(1000)]
+    sparse = [(0.0, 5.0), (500.0, 6.25), (999.0, 7.0)]
+    found = panel("", [Line("dense", dense), Line("sparse", sparse)], X, Y)
+    assert found and 30 <= len(found.probes) <= 52
+    assert found.probes[0].x == found.left
+    for one, other in pairwise(found.probes):  # they cover the plot, and none stands on another
+        assert other.x == pytest.approx(one.x + one.width, abs=0.11)
+    assert found.probes[-1].x + found.probes[-1].width == pytest.approx(found.right, abs=0.11)
+    for probe in found.probes:
+        (at,), (value,) = (re.findall(words, probe.text[0]) for words in (r"^([\d.]+) tokens", r"dense ([\d.]+)"))
+        assert float(value) == float(at) / 7
+        left, right = (999 * (x - found.left) / (found.right - found.left) for x in (probe.x, probe.x + probe.width))
+        assert left - 1 <= float(at) <= right + 1
+    read = {tuple(re.findall(r"^([\d.]+) tokens.*sparse ([\d.]+)", probe.text[0])) for probe in found.probes} - {()}
+    assert read == {(("0.0", "5.0"),), (("500.0", "6.25"),), (("999.0", "7.0"),)}
+
+
+def test_lines_of_many_runs_differ() -> None:
+    assert len({style_of(n) for n in range(26)}) == 26
 
 
 # --- pictures of the model -------------------------------------------------------------------------------------------
@@ -114,7 +168,7 @@ def test_the_map_of_units_shows_each_where_it_stood_and_when_it_went() -> None:
         {"kind": "hidden", "units": {"hidden": 48}},
     ]
     hidden, ffn, kv, query = unit_maps(removals, FIRST, 2)
-    assert [each.gone for each in (hidden, ffn, kv, query)] == [1, 2, 1, 2]
+    assert [each.gone for each in (hidden, ffn, kv, query)] == ["1", "2", "1", "1 to 2"]
     width = WIDTH - 20
 
     def cells(found: Any, layer: int) -> list[tuple[int, int, float]]:
@@ -140,17 +194,20 @@ def test_the_map_of_units_shows_each_where_it_stood_and_when_it_went() -> None:
 def test_bars_are_as_long_as_the_layers_are_wide() -> None:
     last = {**FIRST, "hidden_size": 60, "intermediate_size": [300, 75, 150], "num_attention_heads": [6, 4, 2]}
     found = architecture(FIRST, last, layers=3, head_dim=16, gone=())
-    assert [column.sizes for column in found.columns] == ["6 → 2 to 6", "96 → 60", "300 → 75 to 300"]
-    heads, hidden, ffn = found.columns
+    assert [column.title for column in found.columns] == list(LABELS.values())
+    hidden, ffn, heads, kv = found.columns
+    assert (hidden.sizes, ffn.sizes) == (("96", "→ 60"), ("300", "→ 75 to 300"))
+    assert (heads.sizes, kv.sizes) == (("6", "→ 2 to 6"), ("3", "as it was"))
     scale = rectangles(ffn.before)[0][2] / 300
     # top to bottom: the last layer first
     assert [w / scale for *_, w, _ in rectangles(ffn.after)] == pytest.approx([150, 75, 300], abs=0.2)
     assert [w / scale for *_, w, _ in rectangles(heads.after)] == pytest.approx([32, 64, 96], abs=0.2)
     assert [w / scale for *_, w, _ in rectangles(hidden.before)] == pytest.approx([96] * 3, abs=0.2)
+    assert [w / scale for *_, w, _ in rectangles(kv.after)] == pytest.approx([48] * 3, abs=0.2)
     ends = [column.x + max(w for *_, w, _ in rectangles(column.before)) for column in found.columns]
     assert all(end < column.x for end, column in zip(ends, found.columns[1:], strict=False)) and ends[-1] <= WIDTH + 0.1
     fewer = architecture(FIRST, FIRST, layers=3, head_dim=16, gone={1})
-    assert [round(w / scale) for *_, w, _ in rectangles(fewer.columns[2].after)] == [300, 0, 300]
+    assert [round(w / scale) for *_, w, _ in rectangles(fewer.columns[1].after)] == [300, 0, 300]
 
 
 def test_the_heat_map_is_dark_where_layers_lost_most() -> None:
@@ -161,7 +218,8 @@ def test_the_heat_map_is_dark_where_layers_lost_most() -> None:
     assert found.labels[0][2] > found.labels[1][2]
     levels = sorted((x, level) for level, path in found.cells for x, *_ in rectangles(path))
     assert [level for _, level in levels] == [min(AGES - 1, int(AGES * 0.09 * n)) for n in range(1, 11)]
-    assert heat_map("", rows[:1], "intermediate_size", 2) is None  # all layers alike
+    alike = [{"tokens": n, "hidden_size": 100 - n} for n in range(51)]
+    assert [(number, share) for number, share, _ in heat_map("", alike, "hidden_size", 2).labels] == [("all", "50%")]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +250,7 @@ def write_run(folder: Path, *, steps: int = 30, done: bool = True, model: str = 
         row = {"step": step, "tokens": step * BATCH, "phase": "prune", "loss": 4 - step / 100 if step else None}
         row |= {"params": 602_976 - 1152 * units, **FIRST, "intermediate_size": 256 - units, "memory_bytes": 10**8}
         row |= {"tokens_per_second": 1000.0 if step else None}
+        row |= {"lr": 1e-3 / step if step else None, "grad_norm": 1 + step / 10 if step else None}
         if step % 10 == 0:
             row["valid_loss"] = 4.5 - step / 100
         if step == 7:
@@ -255,7 +314,7 @@ def test_a_run_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "<u>odd</u> & strange",
     ):
         assert words in page.text, words
-    assert page.tags.count("figure") == 5 and "Not finished" not in page.text
+    assert page.tags.count("figure") == 6 and "Not finished" not in page.text
     # 15 of 256 channels gone over 30 steps: what it saved, by hand
     config = json.loads((DEMO_MODEL / "config.json").read_text())
     attention = 12 * 4 * 6 * config["head_dim"] * 64 / 2
@@ -263,6 +322,295 @@ def test_a_run_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     total = sum(each) * BATCH
     mantissa = f"{total:.2e}".partition("e")[0]
     assert f"{mantissa}·10" in page.text and f"{1 - sum(each) / (30 * each[0]):.0%} less" in page.text
+
+
+def kinds_run(folder: Path, per_layer: bool = True) -> Path:
+    """A run that loses units of every kind, layer by layer or alike in all layers."""
+    run = write_run(folder)
+    if per_layer:
+        settings = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(settings.replace("layout: uniform", "layout: per-layer"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    saliencies = {"hidden": 1e-5, "ffn": 2e-5, "kv": 3e-5, "query": 4e-5}
+    removals = []
+    for row in rows:
+        row["hidden_size"] = 96 - row["step"] // 3
+        share = row["step"] / 30
+        heads, kv = [6, 6, 6 - round(3 * share), 6], [3, 3, 3, 3 - round(share)]
+        ffn = [256 - row["step"], 256, 200, 256]
+        if per_layer and row["step"]:
+            row |= {"num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": ffn}
+        if row["step"]:
+            kind = ("hidden", "ffn", "kv", "query")[row["step"] % 4]
+            units = {"hidden": {"hidden": row["step"]}, "query": {"layers.1.query.0": 0}}
+            each = {"step": row["step"], "tokens": row["tokens"], "kind": kind, "saliencies": saliencies}
+            each |= {"units": units.get(kind, {f"layers.0.{kind}": row["step"] % 3})}
+            removals.append(each | {"params_before": 1000, "params_after": 900})
+    for name, found in (("metrics", rows), ("removals", removals)):
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return run
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_every_chart_of_shapes_shows_all_four_kinds(tmp_path: Path, per_layer: bool) -> None:
+    names = ["hidden", "FFN", "query heads", "KV heads"]
+    run = read_run(kinds_run(tmp_path / "run", per_layer))
+    figures = {each.name: each for each in figures_of(run)}
+    for chart in figures["selection"].panels:  # saliencies, and shares: with heads and their groups alike as well
+        assert sorted(line.label for line in chart.lines) == sorted(names)
+    (_, picture), *_ = figures["architecture"].architectures
+    assert [column.title for column in picture.columns] == names
+    assert len({column.style for column in picture.columns}) == 4
+    assert len(figures["architecture"].heats) == (4 if per_layer else 0)
+    assert [row[0].split()[0].lower() for row in figures["architecture"].table[1:]] == ["hidden", "ffn", "query", "kv"]
+    assert len(figures["units"].maps) == 4
+    shared = {each.name: each for each in shared_figures([("A", run), ("B", run)])}
+    assert [chart.title for chart in shared["selection"].panels] == [f"Share removed: {name}" for name in names]
+
+
+def all_figures(folder: Path) -> list[Any]:
+    one, two = read_run(kinds_run(folder / "one")), read_run(write_run(folder / "two", steps=40))
+    return [*figures_of(one), *figures_of(two), *shared_figures([("A", one), ("B", two)])]
+
+
+def test_captions_name_no_side(tmp_path: Path) -> None:
+    """On a phone charts stand above each other."""
+    for figure in all_figures(tmp_path):
+        assert not re.search(r"\b(left|right|above|below)\b", figure.caption.lower()), figure.caption
+
+
+def test_every_tick_has_its_text_and_the_last_stands_near_the_end(tmp_path: Path) -> None:
+    charts = [chart for figure in all_figures(tmp_path) for chart in figure.panels]
+    assert len(charts) >= 20
+    for chart in charts:
+        assert len(chart.x_ticks) >= 2 and all(text for _, text in (*chart.x_ticks, *chart.y_ticks)), chart.title
+        assert chart.x_title in ("tokens", "parameters")
+        places = [x for x, _ in chart.x_ticks]
+        step = max(after - before for before, after in pairwise(places))
+        assert places[0] - chart.left <= step and chart.right - places[-1] <= step, chart.title
+        ends = [(x - 3 * len(text), x + 3 * len(text)) for x, text in chart.x_ticks]
+        assert all(one[1] < other[0] for one, other in pairwise(ends)), chart.title
+
+
+def test_speed_and_memory_stand_over_tokens_with_seconds_above(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")  # 1,000 tokens a second, 15,360 tokens
+    (figure,) = (each for each in figures_of(read_run(run)) if each.name == "machine")
+    for chart in figure.panels:
+        begin = 512 if chart.title == "Tokens a second" else 0  # the source's row has no speed
+        assert chart.x_title == "tokens"
+        assert [text for _, text in chart.second] == ["0 s", "5 s", "10 s", "15 s"][begin > 0 :]
+        for x, text in chart.second:
+            share = (1000 * float(text.split()[0]) - begin) / (15_360 - begin)
+            assert x == pytest.approx(chart.left + share * (chart.right - chart.left), abs=0.1)
+
+
+def test_loss_by_size_holds_what_a_removal_at_once_cost(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["removed_valid_loss"] = 6.125
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_run(run)
+    (figure,) = (each for each in figures_of(found) if each.name == "loss")
+    losses = {float(row[2]): int(row[1].replace(",", "")) for row in figure.table[1:]}
+    assert losses == {4.5: 602_976, 6.125: rows[1]["params"], 4.4: 597_216, 4.3: 591_456, 4.2: 585_696}
+    by_size = next(chart for chart in figure.panels if chart.title == "Loss by size")
+    read = " ".join(line for probe in by_size.probes for line in probe.text)
+    assert all(f"held out {loss}" in read for loss in ("6.125", "4.400", "4.300", "4.200"))
+    assert by_size.x_title == "parameters"
+
+
+def page_of(*runs: Path, out: Path) -> str:
+    assert main(["report", *map(str, runs), "--out", str(out), "--no-samples"]) == 0
+    read_page(out)
+    return out.read_text()
+
+
+def test_the_verdict_comes_first_then_warnings_then_charts_and_says_what_the_log_says(tmp_path: Path) -> None:
+    html = page_of(write_run(tmp_path / "run"), out=tmp_path / "page.html")
+    places = [html.index(words) for words in ('class="verdict"', "&lt;u&gt;odd&lt;/u&gt;", "Perplexity</dt>", "<svg")]
+    assert places == sorted(places) and "(step 7)" in html
+    verdict = re.sub("<[^>]+>", "", html[places[0] :].partition("</p>")[0])
+    found = re.search(
+        r"([\d,]+) of ([\d,]+) parameters. Held-out loss ([\d.]+), ([\d.]+) nats per token below the source’s "
+        r"([\d.]+); perplexity ([\d.]+) against ([\d.]+)\.",
+        verdict,
+    )
+    assert found, verdict
+    import math
+
+    said = [float(each.replace(",", "")) for each in found.groups()]
+    # the log's: 602,976 - 15 · 1,152; 4.5 and 4.2 nats
+    assert said == [585_696, 602_976, 4.2, 0.3, 4.5, round(math.exp(4.2), 2), round(math.exp(4.5), 2)]
+
+
+def edited(run: Path, change: Any) -> Path:
+    """The run with every row of its metrics.jsonl changed in place."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        change(row)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_verdicts_of_other_runs(tmp_path: Path) -> None:
+    def worse(row: dict[str, Any]) -> None:
+        if row["step"] and "valid_loss" in row:
+            row["valid_loss"] += 1.25
+
+    out, one = tmp_path / "page.html", write_run(tmp_path / "one")
+    assert "0.950 nats per token above the source’s 4.500" in page_of(edited(write_run(tmp_path / "b"), worse), out=out)
+    assert "The training loss went from 3.990 to 3.700." in page_of(
+        edited(write_run(tmp_path / "c"), lambda row: row.pop("valid_loss", None)), out=out
+    )
+    assert "So far: " in page_of(write_run(tmp_path / "d", done=False), out=out)
+    both = page_of(one, tmp_path / "b", out=out)
+    assert "A ends lowest: held-out loss 4.200, −0.300 against the source’s 4.500; perplexity 66.69." in both
+    assert "B +1.250 (× 3.49)".replace(" ", "\N{NO-BREAK SPACE}") in both
+    three = page_of(one, tmp_path / "b", write_run(tmp_path / "e", model="another"), tmp_path / "c", out=out)
+    # another source by its name alone, with the same loss: it is the same text and model, moved; without a loss: not
+    assert (
+        "C +0.000" in three.replace("\N{NO-BREAK SPACE}", " ") and "D does not compare in loss with the others" in three
+    )
+    strange = edited(write_run(tmp_path / "f", model="another"), lambda row: row.update(valid_loss=5.0))
+    assert "A, B do not compare in loss with each other" in page_of(one, strange, out=out)
+
+
+def tables(html: str) -> dict[str, list[list[str]]]:
+    """The cells of every table by the name that a screen reader says."""
+    import html as escapes
+
+    found = {}
+    for name, body in re.findall(r'aria-label="([^"]*)"><table.*?>(.*?)</table>', html, re.DOTALL):
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)]
+        found[escapes.unescape(name)] = [[escapes.unescape(cell) for cell in row] for row in rows]
+    return found
+
+
+def test_the_table_of_values_is_the_log(tmp_path: Path) -> None:
+    import math
+
+    run = write_run(tmp_path / "run", steps=600)
+    html = page_of(run, out=tmp_path / "page.html")
+    assert len(html.encode()) < 400_000
+    heads, *rows = tables(html)["logged values"]
+    log = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    lowest = {
+        row["step"]: row["saliencies"] for row in map(json.loads, (run / "removals.jsonl").read_text().splitlines())
+    }
+    assert 31 <= len(rows) <= 64 and {0, 600} <= {int(row[0]) for row in rows}
+    assert sum("valid_loss" in log[int(row[0])] for row in rows) >= 30
+    for row in rows:
+        cell = dict(zip(heads, row, strict=True))
+        logged = log[int(cell["step"])]
+        for name, key, written in (
+            ("tokens", "tokens", "{:,}"),
+            ("parameters", "params", "{:,}"),
+            ("hidden", "hidden_size", "{:,}"),
+            ("FFN", "intermediate_size", "{:,}"),
+            ("query heads", "num_attention_heads", "{:,}"),
+            ("KV heads", "num_key_value_heads", "{:,}"),
+            ("training loss", "loss", "{:.3f}"),
+            ("held-out loss", "valid_loss", "{:.3f}"),
+            ("learning rate", "lr", "{:.3g}"),
+            ("gradient norm", "grad_norm", "{:.3g}"),
+            ("tokens a second", "tokens_per_second", "{:,.0f}"),
+        ):
+            value = logged.get(key)
+            assert cell[name] == ("–" if value is None else written.format(value)), (name, logged)
+        assert cell["seconds"] == f"{logged['tokens'] / 1000:,.1f}" and cell["memory"] == "100 MB"
+        if "valid_loss" in logged:
+            assert float(cell["perplexity"].replace(",", "")) == pytest.approx(
+                math.exp(logged["valid_loss"]), abs=0.006
+            )
+        saliency = lowest.get(logged["step"], {}).get("ffn")
+        digits = cell["lowest saliency: FFN"].partition("·")[0]
+        assert digits == ("–" if saliency is None else f"{saliency:.2e}".partition("e")[0])
+
+
+def test_learning_rate_and_gradient_norm_are_drawn_and_read(tmp_path: Path) -> None:
+    run = edited(write_run(tmp_path / "run"), lambda row: row.update(kl=0.5 + row["step"]) if row["step"] else None)
+    (figure,) = (each for each in figures_of(read_run(run)) if each.name == "steps")
+    rate, norm, distance = figure.panels
+    assert [rate.title, norm.title, distance.title] == ["Learning rate", "Gradient norm", "Distance to the teacher"]
+    assert rate.probes[0].text == ["512 tokens · 0.001"] and rate.unit == "× 10⁻³"
+    assert norm.probes[-1].text == ["15,360 tokens · 4"] and distance.probes[-1].text == ["15,360 tokens · 30.500"]
+    assert [text for _, text in rate.y_ticks] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+
+
+def test_charts_speak_and_tables_take_keys(tmp_path: Path) -> None:
+    html = page_of(kinds_run(tmp_path / "run"), out=tmp_path / "page.html")
+    pictures = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)">\s*<desc>([^<]+)</desc>', html)
+    assert len(pictures) == html.count('role="img"') >= 16 and all(len(words) > 15 for _, words in pictures)
+    held_out = "held out: 4.500 at 0 tokens, 4.200 at 15,360; lowest 4.200, highest 4.500."
+    assert held_out in dict(pictures)["Loss"]
+    assert html.count('<div class="scroll" tabindex="0" role="region" aria-label="') == html.count("<table") >= 5
+    assert "<main>" in html and 'scope="col"' in html and 'scope="row"' in html
+
+
+def test_what_next_names_the_run_as_a_shell_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import html as escapes
+    import shlex
+
+    evil = 'it\'s $(touch x) `a` <b> & "q"'
+    run = write_run(tmp_path / evil, model=evil)
+    out = tmp_path / "page.html"
+
+    def commands() -> dict[str, list[str]]:
+        found = [
+            shlex.split(escapes.unescape(each)) for each in re.findall(r"<pre[^>]*>(.*?)</pre>", out.read_text(), re.S)
+        ]
+        return {words[1]: words for words in found}
+
+    page_of(run, out=out)
+    found = commands()
+    assert set(found) == {"generate", "export", "eval", "compare", "prune"}
+    assert found["generate"][2] == str(run / "model") and found["export"][2] == found["compare"][2] == str(run)
+    assert found["eval"][2:4] == [str(run), evil] and found["prune"][2] == evil
+    assert found["prune"][found["prune"].index("--out") + 1] == str(run)
+    capsys.readouterr()
+    assert main(found["compare"][1:]) == 0 and "585,696" in capsys.readouterr().out
+    page_of(write_run(tmp_path / "other", done=False), out=out)
+    assert commands()["prune"] and "--resume --out" in out.read_text()
+    page_of(run, tmp_path / "other", out=out)
+    both = shlex.split(escapes.unescape(re.findall(r"<pre[^>]*>(.*?)</pre>", out.read_text())[0]))
+    assert both == ["efficientllm", "compare", str(run), str(tmp_path / "other")]
+
+
+def test_files_and_their_sizes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    config = (run / "model/config.json").stat().st_size
+    (run / "model/model.safetensors").write_bytes(bytes(1_234_567))
+    (run / "checkpoints/step-00000030").mkdir(parents=True)
+    (run / "checkpoints/step-00000030/a").write_bytes(bytes(2_000_000))
+    html = page_of(run, out=tmp_path / "page.html")
+    rows = {row[0]: row[1:] for row in tables(html)["Files"]}
+    assert rows["checkpoints/"] == ["1 checkpoint: step-00000030", "2 MB"]
+    assert rows["model/"][1] == f"{(1_234_567 + config) / 1e6:.3g} MB" and "1.23 MB of weights" in rows["model/"][0]
+    assert "<strong>1.23 MB</strong>" in html
+
+
+def test_hardware_versions_and_dates_or_that_they_are_not_recorded(tmp_path: Path) -> None:
+    import torch
+
+    run = write_run(tmp_path / "run")
+    out = tmp_path / "page.html"
+    assert "are not recorded" in page_of(run, out=out)
+    for broken in ("{", '"text"', "[3]"):
+        (run / "environment.json").write_text(broken)
+        assert read_starts(run) == [] and "are not recorded" in page_of(run, out=out)
+    add_start(run, 0, 1)
+    add_start(run, 12, 4)
+    html = page_of(run, out=out)
+    assert "are not recorded" not in html and not list(run.glob(".environment*"))
+    found = {row[0]: row[1:] for row in tables(html)["Date, hardware and versions"]}
+    assert found[""] == ["begun", "resumed at step 12"]
+    assert found["torch"] == [torch.__version__] * 2 and found["python"] == [sys.version.split()[0]] * 2
+    assert f"{torch.get_num_threads()} thread" in found["hardware"][0] and found["hardware"][1].startswith(
+        "4 processes"
+    )
+    assert found["date"] == [each["date"].replace("T", " ").replace("+00:00", " UTC") for each in read_starts(run)]
+    both = page_of(run, write_run(tmp_path / "old"), out=out)
+    assert tables(both)["Date, hardware and versions"][1][3] == "not recorded"
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
@@ -281,7 +629,7 @@ def test_runs_share_axes_and_a_table(tmp_path: Path) -> None:
     assert "<b>one<b>" in page.text and "568,416" in page.text and "585,696" in page.text
     losses = re.search(r'aria-label="Held-out loss".*?</svg>\s*(<text.*?)</svg>', out.read_text(), re.DOTALL)
     assert losses
-    ends = [numbers(path)[-1] for path in re.findall(r'class="line [a-z]+" d="([^"]+)"', losses[0])]
+    ends = [numbers(path)[-1] for path in re.findall(r'class="line [a-z0-9]+" d="([^"]+)"', losses[0])]
     assert len(ends) == 2 and ends[0][0] < ends[1][0] * 0.7  # half as many tokens, on one axis
 
 
@@ -396,6 +744,8 @@ def test_a_run_ends_with_its_page(finished: Path, capsys: pytest.CaptureFixture[
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert f"{rows[-1]['params']:,}" in page.text and f"{rows[-1]['valid_loss']:.3f}" in page.text
     assert all(row["memory_bytes"] > 10**7 for row in rows[1:])
+    (start,) = read_starts(finished)
+    assert start["step"] == 0 and start["versions"]["transformers"] in page.text and start["date"][:10] in page.text
     assert EVIL in page.text and "<data>.jsonl" in page.text
     samples = json.loads((finished / "samples.json").read_text())["samples"]
     assert len(samples) == 3 and "<script>alert('data')</script>" in samples[0]["prompt"] + samples[0]["reference"]
@@ -409,6 +759,21 @@ def test_a_run_ends_with_its_page(finished: Path, capsys: pytest.CaptureFixture[
     (finished / "samples.json").unlink()
     assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_a_resumed_run_records_both_starts(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert main(["prune", "--resume", "--out", str(run), "--tokens", str(18 * BATCH)]) == 0
+    first, second = read_starts(run)
+    assert first == read_starts(finished)[0] and 0 < second["step"] < 16
+    text = read_page(run / "report.html").text
+    assert f"resumed at step {second['step']}" in text and second["date"][11:19] in text
+    # a folder from before environment.json, gone on with since: its beginning is not known
+    (run / "environment.json").unlink()
+    assert main(["prune", "--resume", "--out", str(run), "--tokens", str(20 * BATCH)]) == 0
+    assert [each["step"] > 0 for each in read_starts(run)] == [True]
 
 
 @pytest.mark.slow
@@ -434,16 +799,30 @@ MEASURE = """
   return {
     overflow: document.documentElement.scrollWidth - innerWidth,
     paper: getComputedStyle(document.body).backgroundColor,
-    colours: ['body', '.lead', '.prompt', 'figcaption', 'summary'].map(name => colour(document.querySelector(name))),
+    colours: ['body', '.lead', '.prompt', 'figcaption', 'summary', '.verdict', '.note'].map(
+      name => colour(document.querySelector(name))),
+    labels: [...document.querySelectorAll('.label')].map(t => getComputedStyle(t).fill),
     figures: Object.fromEntries([...document.querySelectorAll('figure')].map(f => [f.className,
       [...f.querySelectorAll('.line, .after, .age, .dot')].map(box)])),
     columns: new Set([...document.querySelectorAll('figure.loss svg:not(.plot)')].map(s => box(s)[0])).size,
     svgs: [...document.querySelectorAll('.panels > div > svg')].map(box),
-    texts: [...document.querySelectorAll('svg text')].filter(t => t.textContent).map(
+    texts: [...document.querySelectorAll('svg text')].filter(t => t.textContent && !t.closest('.probes')).map(
       t => [t.textContent, ...box(t), parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a]),
   };
 })()
 """
+
+
+DARK = {"name": "prefers-color-scheme", "value": "dark"}
+READING = """[...document.querySelectorAll('.probes text')].filter(
+  t => getComputedStyle(t).display != 'none').map(t => t.textContent)"""
+STRIP = """(() => {  // the middle of a strip where no held-out loss stands
+  const strips = [...document.querySelector('.probes').querySelectorAll('g')];
+  const strip = strips.find(g => !g.textContent.includes('held out')).querySelector('path');
+  strip.scrollIntoView({block: 'center'});
+  const r = strip.getBoundingClientRect();
+  return [(r.left + r.right) / 2, (r.top + r.bottom) / 2];
+})()"""
 
 
 def contrast(one: str, other: str) -> float:
@@ -464,7 +843,8 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
     url = (finished / "report.html").as_uri()
     papers = set()
     with Chromium(tmp_path / "profile") as browser:
-        for width, phone, dark in ((1280, False, False), (390, True, False), (1280, False, True), (390, True, True)):
+        for width, dark in ((1600, False), (1280, True), (800, False), (390, True), (360, False)):
+            phone = width < 500
             browser.open(url, width, phone=phone, dark=dark, script=not phone)
             found = browser.evaluate(MEASURE)
             assert browser.requests == [url, "data:,"] or browser.requests == [url]
@@ -472,8 +852,10 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
             assert int.from_bytes(shot[16:20]) == width and len(shot) > 50_000  # of its header: the width
             assert found["overflow"] <= 0 and found["columns"] == (1 if phone else 2)
             papers.add(found["paper"])
-            assert all(contrast(colour, found["paper"]) >= 4.5 for colour in found["colours"])
-            assert set(found["figures"]) == {"loss", "selection", "architecture", "units", "machine"}
+            assert len(set(found["labels"])) >= 4
+            for colour in found["colours"] + found["labels"]:
+                assert contrast(colour, found["paper"]) >= 4.5, colour
+            assert set(found["figures"]) == {"loss", "selection", "architecture", "units", "steps", "machine"}
             for name, boxes in found["figures"].items():
                 drawn = [box for box in boxes if max(box[2] - box[0], box[3] - box[1]) > 2]  # a line may be level
                 assert len(drawn) >= 2, name
@@ -481,6 +863,17 @@ def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
             for text, left, top, right, bottom, size in found["texts"]:
                 assert size >= 8.5 and left >= 0 and right <= width + 1 and bottom > top, text
         assert len(papers) == 2 and not browser.console
+        # values under a pointer, without a script: a strip of the first chart tells those of the log
+        assert browser.evaluate(READING) == []
+        x, y = browser.evaluate(STRIP)
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        (reading,) = browser.evaluate(READING)
+        rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+        assert reading in {f"{row['tokens']:,} tokens · training {row['loss']:.3f}" for row in rows[1:]}
+        # on paper: ink on white, whatever the screen
+        browser.call("Emulation.setEmulatedMedia", media="print", features=[DARK])
+        assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 252, 250)"
+        browser.call("Emulation.setEmulatedMedia", media="", features=[])
         # the negative control: an error on a page is heard, and a handler that is no text would run
         bad = tmp_path / "bad.html"
         bad.write_text("<img src=x: onerror='console.error(1)'><script>nothing()</script>")

@@ -1,31 +1,45 @@
-"""Charts as numbers: where ticks, lines and labels of a panel stand, in the units of its SVG. Templates draw them.
+"""Charts as numbers: where ticks, lines, labels and readings of a panel stand, in the units of its SVG.
 
-A panel is 400 units wide: two stand beside each other on a desk, one fills a phone, and text stays readable in both.
+Templates draw them. A panel is 400 units wide: two stand beside each other on a desk, one fills a phone, and text stays
+readable in both.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import TypeVar
 
+from efficientllm.report.formats import Format, decimals
+from efficientllm.report.ticks import Scale, inner_ticks, log_ticks, scale, spaced, ticks
+
 T = TypeVar("T")
 Point = tuple[float, float]
-Format = Callable[[float], str]
 
-WIDTH, HEIGHT = 400.0, 220.0
-TOP, BOTTOM, LEFT = 10.0, 24.0, 46.0
+WIDTH, PLOT = 400.0, 176.0  # of a panel; the height of a plot
+TOP, BOTTOM, LEFT = 20.0, 38.0, 46.0  # above the plot stand readings, or a second axis; below it ticks and their title
 CHARACTER = 6.6  # widest usual character of a label, in units
 LINE = 13.0  # least distance of two labels
 MOST_POINTS = 240  # of a line: more than a phone has pixels for, few enough for a small page
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-STYLES = ("accent", "ink", "dashed", "dotted", "quiet")  # classes of lines, strongest first
+MOST_PROBES = 48  # strips of a chart that tell their values: as wide as a finger on a phone
+COLUMNS = 64  # characters of a reading's line
+HUES, DASHES = 8, ("", " dashed", " dotted", " dash-dotted")  # of lines that are equals: 32 that differ
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis counts: its title, how its ticks are written (None: with the decimals they need), and its values."""
+
+    title: str
+    tick: Format | None
+    exact: Format
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line to draw: points (x, y), rising in x; its label stands at its end. `dots` also marks every point."""
+    """A line to draw: points (x, y); its label stands at its end. `dots` also marks every point."""
 
     label: str
     points: Sequence[Point]
@@ -46,14 +60,27 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A strip of the plot, from x on, and the values of the lines there, as lines of text."""
+
+    x: float
+    width: float
+    text: list[str]
+
+
+@dataclass(frozen=True)
 class Panel:
     """One chart: a plot between (left, top) and (right, bottom), its ticks (position, text) and lines.
 
     Attributes:
+        words: what the chart shows, for those who do not see it.
         rule: position and text of a vertical line, if there is one.
+        second: ticks of the axis on top; empty without one.
     """
 
     title: str
+    unit: str
+    words: str
     height: float
     left: float
     right: float
@@ -64,27 +91,31 @@ class Panel:
     lines: list[Drawn]
     x_title: str
     rule: tuple[float, str] | None
+    probes: list[Probe]
+    second: list[tuple[float, str]]
 
 
 def panel(
     title: str,
     lines: Sequence[Line],
-    x_title: str,
-    x_format: Format,
-    y_format: Format | None = None,
+    x: Axis,
+    y: Axis,
     *,
     log: bool = False,
     from_zero: bool = False,
+    falling: bool = False,
     y_range: tuple[float, float] | None = None,
     rule: tuple[float, str] | None = None,
+    second: Sequence[tuple[float, str]] = (),
 ) -> Panel | None:
     """Returns the chart of lines that share both axes; None if no two points stand beside each other.
 
     Args:
-        y_format: by default as many decimals as the ticks need.
         log: a logarithmic y axis; points at or below zero are left out.
+        falling: x falls from left to right.
         y_range: least and greatest y, where some points may lie outside; by default the points'.
         rule: x and text of a vertical line.
+        second: marks of an axis on top: x and text.
     """
     kept = [replace(line, points=[p for p in line.points if _drawable(p, log)]) for line in lines]
     kept = [line for line in kept if line.points]
@@ -93,63 +124,37 @@ def panel(
         return None
     ys = [y for line in kept for _, y in line.points]
     low, high = y_range or (min(ys), max(ys))
-    if from_zero:
-        low = 0.0
+    low = 0.0 if from_zero else low
     marks = log_ticks(low, high) if log else ticks(low, high)
     low, high = min(low, marks[0]), max(high, marks[-1])
-    labels = max(len(line.label) for line in kept)
-    right, bottom = WIDTH - 8 - CHARACTER * labels, HEIGHT - BOTTOM
-    x_low, x_high = min(xs), max(xs)
-    place_x = _scale(x_low, x_high, LEFT, right)
-    y_scale = _scale(math.log(low), math.log(high), bottom, TOP) if log else _scale(low, high, bottom, TOP)
+    right, bottom = WIDTH - 8 - CHARACTER * max(len(line.label) for line in kept), TOP + PLOT
+    first, last = (max(xs), min(xs)) if falling else (min(xs), max(xs))
+    place_x = scale(first, last, LEFT, right)
+    linear = scale(math.log(low), math.log(high), bottom, TOP) if log else scale(low, high, bottom, TOP)
 
-    def place_y(y: float) -> float:
-        return y_scale(math.log(y) if log else y)
+    def place_y(value: float) -> float:
+        return linear(math.log(value) if log else value)
 
+    x_marks = sorted((place_x(mark), (x.tick or x.exact)(mark)) for mark in inner_ticks(min(xs), max(xs)))
     return Panel(
         title=title,
-        height=HEIGHT,
+        unit=y.title,
+        words=_words(kept, x, y),
+        height=bottom + BOTTOM,
         left=LEFT,
         right=right,
         top=TOP,
         bottom=bottom,
-        x_ticks=_without_last(
-            [(place_x(x), x_format(x)) for x in ticks(x_low, x_high, 4) if x_low <= x <= x_high], len(x_title)
-        ),
-        y_ticks=[(place_y(y), text) for y, text in zip(marks, map(y_format or decimals(marks), marks), strict=True)],
+        x_ticks=spaced(x_marks, _room),
+        y_ticks=[
+            (place_y(mark), text) for mark, text in zip(marks, map(y.tick or decimals(marks), marks), strict=True)
+        ],
         lines=_labelled([_draw(line, place_x, place_y) for line in kept], TOP, bottom),
-        x_title=x_title,
-        rule=(place_x(rule[0]), rule[1]) if rule and x_low < rule[0] < x_high else None,
+        x_title=x.title,
+        rule=(place_x(rule[0]), rule[1]) if rule and min(xs) < rule[0] < max(xs) else None,
+        probes=_probes(kept, place_x, x, y),
+        second=spaced([(place_x(at), text) for at, text in second if min(xs) <= at <= max(xs)], _room),
     )
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns round numbers, about `count` of them, that enclose low and high: steps of 1, 2 or 5 times ten to n."""
-    span = high - low or abs(high) or 1.0
-    rough = span / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Returns powers of ten that enclose low and high; with 2 and 5 times them where there are few."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    powers = [10.0**n for n in range(first, max(last, first + 1) + 1)]
-    if len(powers) > 3:
-        return powers[:: math.ceil(len(powers) / 6)] if len(powers) > 6 else powers
-    fine = [factor * power for power in powers for factor in (1, 2, 5)]
-    begin = max(n for n, each in enumerate(fine) if each <= low * 1.0001)
-    end = min(n for n, each in enumerate(fine) if each >= high * 0.9999 and n > begin)
-    return fine[begin : end + 1]
-
-
-def decimals(marks: Sequence[float]) -> Format:
-    """Returns a format with as many decimals as tell evenly spaced numbers apart."""
-    step = min((abs(after - before) for before, after in pairwise(marks)), default=1.0)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return lambda value: f"{value:.{digits}f}"
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -173,64 +178,93 @@ def bulk(values: Sequence[float], share: float = 0.99) -> tuple[float, float]:
 
 
 def style_of(number: int) -> str:
-    """Returns the style of the n-th of lines that are equals."""
-    return STYLES[min(number, len(STYLES) - 1)]
+    """Returns the style of the n-th of lines that are equals: a hue, and a dash once all hues are used."""
+    return f"hue{number % HUES}{DASHES[number // HUES % len(DASHES)]}"
 
 
-def plain(value: float) -> str:
-    return f"{value:.6g}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.0f}%"
-
-
-def megabytes(value: float) -> str:
-    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
-
-
-def scientific(value: float, digits: int = 3) -> str:
-    """Returns a number with so many digits and a power of ten: 1.86·10¹²."""
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    return f"{mantissa}·10" + str(int(exponent)).translate(SUPERSCRIPTS)
-
-
-def power(value: float) -> str:
-    """Returns a mark of a logarithmic axis: 10⁻⁴, 2·10⁻⁴."""
-    return scientific(value, 1).removeprefix("1·")
-
-
-def _without_last(marks: list[tuple[float, str]], title: int) -> list[tuple[float, str]]:
-    """Returns ticks without the texts that would stand in the way of the axis's title of so many characters."""
-    room = WIDTH - CHARACTER * (title + 1)
-    return [(x, text if x + CHARACTER * len(text) / 2 < room else "") for x, text in marks]
+def _room(text: str) -> float:
+    return CHARACTER * (len(text) + 1.5)
 
 
 def _drawable(point: Point, log: bool) -> bool:
     return all(map(math.isfinite, point)) and (point[1] > 0 or not log)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = high - low or 1.0
-    return lambda value: start + (value - low) / span * (end - start)
+def _words(lines: Sequence[Line], x: Axis, y: Axis) -> str:
+    """Returns what a chart shows in a sentence a line."""
+    found = []
+    for line in lines:
+        (first, begin), (last, end) = line.points[0], line.points[-1]
+        ys = [value for _, value in line.points]
+        found.append(
+            f"{line.label or 'From'}: {y.exact(begin)} at {x.exact(first)} {x.title}, "
+            f"{y.exact(end)} at {x.exact(last)}; lowest {y.exact(min(ys))}, highest {y.exact(max(ys))}."
+        )
+    return " ".join(found)
 
 
-def _draw(line: Line, place_x: Callable[[float], float], place_y: Callable[[float], float]) -> Drawn:
+def _probes(lines: Sequence[Line], place_x: Scale, x: Axis, y: Axis) -> list[Probe]:
+    """Returns strips that cover the plot; a line is read in the strip that holds a point of it, at the nearest one."""
+    series = [dict(line.points) for line in lines]  # of several points above each other the last one
+    marked = {at for each in series if len(each) <= MOST_PROBES for at in picked(sorted(each), MOST_PROBES)}
+    every = sorted({at for each in series for at in each})
+    centres = sorted(marked | set(picked(every, max(2, MOST_PROBES - len(marked)))))
+    edges = [centres[0], *((a + b) / 2 for a, b in pairwise(centres)), centres[-1]]
+    nearest: list[list[float | None]] = [[None] * len(lines) for _ in centres]
+    for n, each in enumerate(series):
+        for at in each:
+            strip = min(bisect_right(edges, at) - 1, len(centres) - 1)
+            before = nearest[strip][n]
+            if before is None or abs(at - centres[strip]) < abs(before - centres[strip]):
+                nearest[strip][n] = at
+    found = []
+    for n, (start, end) in enumerate(pairwise(edges)):
+        left, right = sorted((place_x(start), place_x(end)))
+        read = [
+            f"{line.label} {y.exact(each[at])}".strip()
+            for line, each, at in zip(lines, series, nearest[n], strict=True)
+            if at is not None
+        ]
+        if read:
+            text = _wrapped([f"{x.exact(centres[n])} {x.title}", *read])
+            found.append(Probe(round(left, 1), round(right - left, 1), text))
+    return found
+
+
+def _wrapped(parts: Sequence[str]) -> list[str]:
+    """Returns parts side by side, in lines of at most `COLUMNS` characters."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 <= COLUMNS:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def _draw(line: Line, place_x: Scale, place_y: Scale) -> Drawn:
     points = [(round(place_x(x), 1), round(place_y(y), 1)) for x, y in line.points]
     path = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
     x, y = points[-1]
     return Drawn(line.label, line.style, path, points if line.dots or len(points) == 1 else [], x + 6, y)
 
 
-def _labelled(lines: list[Drawn], top: float, bottom: float) -> list[Drawn]:
+def _labelled(lines: Sequence[Drawn], top: float, bottom: float) -> list[Drawn]:
     """Returns the lines in their order, labels pushed apart so that none covers another, within the plot."""
-    order = sorted(range(len(lines)), key=lambda n: lines[n].label_y)
-    heights: list[float] = []
-    for n in order:
-        heights.append(max(lines[n].label_y, heights[-1] + LINE if heights else top))
-    limit = bottom
-    for n in reversed(range(len(heights))):
-        heights[n] = min(heights[n], limit)
-        limit = heights[n] - LINE
-    placed = dict(zip(order, heights, strict=True))
+    columns: dict[float, list[int]] = {}  # labels that stand above each other, by where their column begins
+    for n in sorted(range(len(lines)), key=lambda n: lines[n].label_x):
+        at = lines[n].label_x
+        begin = next((x for x in columns if at - x < CHARACTER * len(lines[n].label) + 2), at)
+        columns.setdefault(begin, []).append(n)
+    placed: dict[int, float] = {}
+    for column in columns.values():
+        order = sorted(column, key=lambda n: lines[n].label_y)
+        heights: list[float] = []
+        for n in order:
+            heights.append(max(lines[n].label_y, heights[-1] + LINE if heights else top))
+        limit = bottom
+        for n in reversed(range(len(heights))):
+            heights[n] = min(heights[n], limit)
+            limit = heights[n] - LINE
+        placed |= dict(zip(order, heights, strict=True))
     return [replace(line, label_y=round(placed[n], 1)) for n, line in enumerate(lines)]

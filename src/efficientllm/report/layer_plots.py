@@ -10,17 +10,19 @@ from efficientllm.report.charts import WIDTH, picked
 from efficientllm.space.dims import KINDS
 
 WORDS = {
-    "layer": "layers",
     "hidden": "hidden dimensions",
     "ffn": "FFN channels",
-    "kv": "key-value heads",
     "query": "query heads",
+    "kv": "KV heads",
+    "layer": "layers",
 }
+LABELS = {"hidden": "hidden", "ffn": "FFN", "query": "query heads", "kv": "KV heads"}  # short words of the kinds
+STYLES = {"hidden": "hue0", "FFN": "hue1", "query heads": "hue2 dashed", "KV heads": "hue3 dotted"}
 AGES = 5  # shades, each of a fifth of the removals
 MOST_CELLS = 96  # beside each other; more units than that share cells
 ENDS = 34.0  # right of a heat map, for shares
 NUMBERS = 20.0  # left of the layers, for their numbers
-GAP, LEAST_COLUMN = 14.0, 88.0  # a column's title needs so much
+GAP, LEAST_COLUMN = 10.0, 82.0  # a column's title needs so much
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Column:
     """One width of all layers: a path of bars before, one after, and what it is in words."""
 
     title: str
-    sizes: str
+    style: str
+    sizes: tuple[str, str]
     x: float
     before: str
     after: str
@@ -51,13 +54,15 @@ class UnitMap:
     Attributes:
         units: of a strip.
         in_cell: units that share a cell, at most.
+        gone: how many of a strip went, or the least and the most of the strips.
         strips: (layer's number from 1, or an empty text; y; paths by age), the first layer at the bottom.
     """
 
     title: str
+    style: str
     units: int
     in_cell: int
-    gone: int
+    gone: str
     row: float
     height: float
     strips: list[tuple[str, float, list[tuple[int, str]]]]
@@ -73,6 +78,7 @@ class HeatMap:
     """
 
     title: str
+    style: str
     row: float
     height: float
     cells: list[tuple[int, str]]
@@ -106,23 +112,21 @@ def architecture(
         gone: layers that were removed whole.
     """
     named = (
-        ("heads", "num_attention_heads", head_dim),
         ("hidden", "hidden_size", 1),
         ("FFN", "intermediate_size", 1),
+        ("query heads", "num_attention_heads", head_dim),
+        ("KV heads", "num_key_value_heads", head_dim),
     )
     before = [[size * unit for size in by_layer(first[name], layers)] for _, name, unit in named]
     after = [[size * unit for size in by_layer(last[name], layers)] for _, name, unit in named]
     after = [[0 if layer in gone else size for layer, size in enumerate(sizes)] for sizes in after]
     scale = _scale([max(sizes) for sizes in before], WIDTH - NUMBERS - GAP * (len(named) - 1))
     row = min(22.0, max(2.5, 170 / layers))
-    columns, x, top = [], NUMBERS, 34.0
+    columns, x, top = [], NUMBERS, 48.0
     for (title, name, _), old, new in zip(named, before, after, strict=True):
-        sizes = sizes_text(first[name])
-        if first[name] != last[name]:
-            sizes += f" → {sizes_text(last[name])}"
-        columns.append(
-            Column(title, sizes, round(x, 1), _bars(old, x, top, row, scale), _bars(new, x, top, row, scale))
-        )
+        sizes = (sizes_text(first[name]), f"→ {sizes_text(last[name])}" if first[name] != last[name] else "as it was")
+        bars = (_bars(old, x, top, row, scale), _bars(new, x, top, row, scale))
+        columns.append(Column(title, STYLES[title], sizes, round(x, 1), *bars))
         x += max(LEAST_COLUMN, max(old) * scale) + GAP
     return Architecture(columns, layers, top, round(top + layers * row + 4, 1))
 
@@ -152,10 +156,10 @@ def unit_maps(removals: Sequence[Mapping[str, Any]], first: Mapping[str, Any], l
     return [_map(kind, sizes[kind], ages[kind], layers) for kind in KINDS if ages.get(kind)]
 
 
-def heat_map(title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: int) -> HeatMap | None:
-    """Returns the map of a field of metrics.jsonl that holds a size a layer; None if all layers have the same."""
-    if isinstance(rows[-1][name], int):
-        return None
+def heat_map(title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: int, style: str = "accent") -> HeatMap:
+    """Returns the map of a field of metrics.jsonl that holds a size a layer, or one size for all layers."""
+    if shared := isinstance(rows[-1][name], int):
+        layers = 1
     source = by_layer(rows[0][name], layers)
     moments = picked(rows, MOST_CELLS - 1)
     row, right = min(16.0, max(5.0, 240 / layers)), WIDTH - ENDS
@@ -169,9 +173,11 @@ def heat_map(title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: i
             if gone > 0:
                 level = min(AGES - 1, int(AGES * gone))
                 paths[level].append(_rect(NUMBERS + number * width, y, width + 0.2, row - 0.8))
-        labels.append((str(layer + 1), f"{100 * (1 - rows[-1][name][layer] / source[layer]):.0f}%", y))
+        share = 1 - by_layer(rows[-1][name], layers)[layer] / source[layer]
+        labels.append(("all" if shared else str(layer + 1), f"{100 * share:.0f}%", y))
     return HeatMap(
         title=title,
+        style=style,
         row=row,
         height=round(layers * row + 20, 1),
         cells=[(level, "".join(parts)) for level, parts in sorted(paths.items())],
@@ -181,12 +187,13 @@ def heat_map(title: str, rows: Sequence[Mapping[str, Any]], name: str, layers: i
 
 
 def taken(removals: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]:
-    """Returns of every kind that lost units: its name in words, the parameters it gave, and their share of all."""
-    params: dict[str, int] = {}
+    """Returns of every kind: its name in words, the parameters that went with its units, and their share of all."""
+    params = dict.fromkeys(LABELS, 0)
     for row in removals:
         params[row["kind"]] = params.get(row["kind"], 0) + row["params_before"] - row["params_after"]
     total = sum(params.values()) or 1
-    return [(words, params[kind], params[kind] / total) for kind, words in WORDS.items() if kind in params]
+    words = WORDS | {"kv": "KV heads, with their query heads"}
+    return [(words[kind], number, number / total) for kind, number in params.items()]
 
 
 def _map(kind: str, units: int, ages: Mapping[str, Mapping[int, int]], layers: int) -> UnitMap:
@@ -202,9 +209,10 @@ def _map(kind: str, units: int, ages: Mapping[str, Mapping[int, int]], layers: i
         strips.append((label if number in (0, len(names) - 1) else "", y, _strip(gone, units, cells, width, y, row)))
     return UnitMap(
         title=WORDS[kind],
+        style=STYLES[LABELS[kind]],
         units=units,
         in_cell=-(-units // cells),
-        gone=max(len(each) for each in ages.values()),
+        gone=sizes_text([len(ages.get(name, {})) for name in names]),
         row=row,
         height=round(row * len(names) + 2, 1),
         strips=strips,

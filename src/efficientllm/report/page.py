@@ -1,6 +1,5 @@
 """`efficientllm report`: one page that shows a run, or several on the same axes; it needs no network and no script."""
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +7,21 @@ from string import ascii_uppercase
 from typing import Any
 
 from efficientllm import __version__
-from efficientllm.config.command_line import command_line
-from efficientllm.config.run_config import from_dict
 from efficientllm.errors import ConfigError
 from efficientllm.numbers import format_count
-from efficientllm.report.charts import scientific
+from efficientllm.report import facts
+from efficientllm.report.facts import name_of
 from efficientllm.report.figures import figures_of
 from efficientllm.report.history import History, read_run
 from efficientllm.report.multi_run import shared_figures
 from efficientllm.report.samples import MOST_PARAMS, Texts, make_texts, stored_texts
-from efficientllm.report.timeseries import end_of_pruning, sizes_of
+from efficientllm.report.values import values_table
+from efficientllm.report.verdict import verdict, verdicts
 
 PAGE = "report.html"
 MOST_RUNS = len(ascii_uppercase)  # each is called by a letter
-
-Table = list[list[str]]
+FEW_VALUES = 10  # rows of values of each of several runs
+MOST_WARNINGS = 5  # that are shown at once
 
 
 def report(runs: Sequence[str], out: str | None, *, samples: bool, trust_remote_code: bool) -> int:
@@ -83,19 +82,30 @@ def write_page(path: Path, page: str) -> int:
 
 def render(runs: Sequence[History], texts: Sequence[Texts], refresh: int | None = None) -> str:
     """Returns the page of runs as HTML; with `refresh` it loads itself anew after so many seconds."""
-    content = _one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)
-    labels = [""] if len(runs) == 1 else [f"{letter}: {name_of(run)}" for letter, run in lettered(runs)]
-    shown = [
-        {"name": label, "note": each.note, "samples": each.samples} for label, each in zip(labels, texts, strict=True)
-    ]
-    commands = [(label, _command(run)) for label, run in zip(labels, runs, strict=True)]
+    one = len(runs) == 1
+    named = [("", runs[0])] if one else list(zip(ascii_uppercase, runs, strict=False))
+    labels = ["" if one else f"{letter}: {name_of(run)}" for letter, run in named]
     context = {
         "runs": len(runs),
-        "texts": shown,
-        "commands": commands,
+        **(_one_run(runs[0]) if one else _several_runs(named)),
+        "warnings": facts.warnings(named),
+        "most_warnings": MOST_WARNINGS,
+        "values": [
+            (label, values_table(run) if one else values_table(run, FEW_VALUES))
+            for label, run in zip(labels, runs, strict=True)
+        ],
+        "texts": [
+            {"name": label, "note": each.note, "samples": each.samples}
+            for label, each in zip(labels, texts, strict=True)
+        ],
+        "next": [(label, facts.next_commands(run, each)) for label, run, each in zip(labels, runs, texts, strict=True)],
+        "compare": "" if one else facts.compare_command(named),
+        "commands": [(label, facts.command(run)) for label, run in zip(labels, runs, strict=True)],
+        "environment": facts.environment(named),
+        "files": facts.files(named),
+        "settings": facts.settings(named),
         "refresh": refresh,
         "version": __version__,
-        **content,
     }
     return str(_environment().get_template("page.html").render(context))
 
@@ -105,121 +115,28 @@ def waiting_page(run: str, refresh: int) -> str:
     return str(_environment().get_template("waiting.html").render(title=run, refresh=refresh))
 
 
-def lettered(runs: Sequence[History]) -> list[tuple[str, History]]:
-    """Returns the runs under their letters."""
-    return list(zip(ascii_uppercase, runs, strict=False))
-
-
-def name_of(run: History) -> str:
-    """Returns what a run is called: its folder's name."""
-    return run.folder.resolve().name
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as people write them: 41 s, 12 min 5 s, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def _one_run(run: History) -> dict[str, Any]:
     return {
         "title": f"{name_of(run)}: {format_count(run.source_params)} to {format_count(run.params)} parameters",
         "lead": f"{run.config['model']}, trained on {', '.join(run.config['data'])}",
-        "states": _state(run),
-        "numbers": _numbers(run),
+        "verdicts": [verdict(run)],
+        "states": facts.states(run),
+        "numbers": facts.numbers(run),
         "table": None,
         "figures": figures_of(run),
-        "warnings": _warnings([("", run)]),
-        "settings": [["setting", "value"], *([name, _text(value)] for name, value in run.config.items())],
     }
 
 
-def _several_runs(runs: Sequence[History]) -> dict[str, Any]:
-    named = lettered(runs)
-    differing = [name for name in runs[0].config if len({_text(run.config.get(name)) for run in runs}) > 1]
+def _several_runs(named: Sequence[tuple[str, History]]) -> dict[str, Any]:
     return {
-        "title": f"{len(runs)} runs",
-        "lead": "From " + ", ".join(sorted({run.config["model"] for run in runs})),
-        "states": [f"{letter}: {state}" for letter, run in named for state in _state(run)],
+        "title": f"{len(named)} runs",
+        "lead": "From " + ", ".join(sorted({run.config["model"] for _, run in named})),
+        "verdicts": verdicts(named),
+        "states": [],
         "numbers": [],
-        "table": [
-            ["run", "name", "parameters", "shape", "loss before", "loss after", "best", "tokens", "time", "FLOPs"],
-            *(_row(letter, run) for letter, run in named),
-        ],
+        "table": facts.runs_table(named),
         "figures": shared_figures(named),
-        "warnings": _warnings(named),
-        "settings": [
-            ["setting", *(letter for letter, _ in named)],
-            *([name, *(_text(run.config.get(name)) for run in runs)] for name in differing),
-        ],
     }
-
-
-def _state(run: History) -> list[str]:
-    if run.finished:
-        return []
-    total = math.ceil(run.config["tokens"] / run.config["batch_tokens"])
-    return [f"Not finished: step {run.rows[-1]['step']:,} of {total:,}, {run.rows[-1]['phase']} phase."]
-
-
-def _numbers(run: History) -> list[tuple[str, str, str]]:
-    """Returns the headline numbers: name, value, and a note under it."""
-    less = 1 - run.params / run.source_params
-    found = [("Parameters", f"{run.params:,}", f"of {run.source_params:,}: {less:.0%} less")]
-    valid = run.valid_losses
-    if len(valid) > 1:
-        found.append(("Held-out loss", f"{valid[-1][1]:.3f}", f"nats per token; {valid[0][1]:.3f} in the source"))
-    pruning = min(end_of_pruning(run), run.tokens)
-    found.append(("Tokens", format_count(run.tokens), f"{format_count(pruning)} of them while pruning"))
-    if run.seconds:
-        speed = format_count(run.tokens / run.seconds)
-        found.append(("Training time", duration(run.seconds), f"{speed} tokens a second, validation left out"))
-    if run.flops and run.flops[-1]:
-        note = ""
-        if run.source_flops:
-            saved = 1 - run.flops[-1] / run.source_flops
-            note = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than the source over as many tokens"
-        found.append(("Training FLOPs", scientific(run.flops[-1]), note))
-    return found
-
-
-def _row(letter: str, run: History) -> list[str]:
-    valid = [loss for _, loss in run.valid_losses]
-    return [
-        letter,
-        name_of(run),
-        f"{run.params:,}",
-        sizes_of(run.rows[-1]),
-        f"{valid[0]:.3f}" if valid else "–",
-        f"{valid[-1]:.3f}" if len(valid) > 1 else "–",
-        f"{min(valid[1:]):.3f}" if len(valid) > 1 else "–",
-        format_count(run.tokens),
-        duration(run.seconds),
-        scientific(run.flops[-1]) if run.flops else "–",
-    ]
-
-
-def _warnings(runs: Sequence[tuple[str, History]]) -> Table:
-    rows = [
-        [f"{letter} {row['step']}".strip(), warning]
-        for letter, run in runs
-        for row in run.rows
-        for warning in row.get("warnings", ())
-    ]
-    return [["step", "warning"], *rows] if rows else []
-
-
-def _command(run: History) -> str:
-    return command_line(from_dict(run.config, str(run.folder)))
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _environment() -> Any:

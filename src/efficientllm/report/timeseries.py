@@ -2,27 +2,61 @@
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from efficientllm.report.charts import Point
 from efficientllm.report.history import History
-from efficientllm.report.layer_plots import mean_size, sizes_text
+from efficientllm.report.layer_plots import mean_size
 
 SIZES = {  # fields of metrics.jsonl by what they count
     "hidden": "hidden_size",
     "FFN": "intermediate_size",
-    "heads": "num_attention_heads",
+    "query heads": "num_attention_heads",
     "KV heads": "num_key_value_heads",
 }
 
 
-def training_loss(run: History) -> list[Point]:
-    """Returns (tokens, loss on the text) of every step whose loss was finite; a teacher's part is left out."""
-    losses = [(row["tokens"], row.get("ce", row["loss"])) for row in run.rows]
-    return [(tokens, loss) for tokens, loss in losses if loss is not None]
+@dataclass(frozen=True)
+class Validation:
+    """One look at the held-out text; two may stand at one number of tokens, before and after units went at once."""
+
+    tokens: int
+    params: int
+    loss: float
+
+
+def validations(run: History) -> list[Validation]:
+    """Returns every look at the held-out text, the source's first."""
+    found = []
+    for number, row in enumerate(run.rows):
+        if "valid_loss" in row:
+            found.append(Validation(row["tokens"], row["params"], row["valid_loss"]))
+        if "removed_valid_loss" in row:  # of what one-shot methods leave, before the first step
+            left = run.rows[number + 1]["params"] if number + 1 < len(run.rows) else row["params"]
+            found.append(Validation(row["tokens"], left, row["removed_valid_loss"]))
+    return found
+
+
+def text_loss(row: Mapping[str, Any]) -> float | None:
+    """Returns a step's loss on the text, a teacher's part left out; None where it was not finite, or of the source."""
+    loss: float | None = row.get("ce", row["loss"])
+    return loss
+
+
+def training_loss(run: History, over: str = "tokens") -> list[Point]:
+    """Returns (tokens, loss on the text) of every step whose loss was finite; or another field in the tokens' place."""
+    losses = [(row[over], text_loss(row)) for row in run.rows]
+    return [(x, loss) for x, loss in losses if loss is not None]
+
+
+def logged(run: History, name: str) -> list[Point]:
+    """Returns (tokens, value) of a field of metrics.jsonl, of every row that has it."""
+    return [(row["tokens"], row[name]) for row in run.rows if row.get(name) is not None]
 
 
 def lowest_saliencies(removals: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -44,8 +78,6 @@ def pruned_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     for label, name in SIZES.items():
         source = mean_size(rows[0][name])
         series[label] = [(row["tokens"], 1 - mean_size(row[name]) / source) for row in rows]
-    if series["heads"] == series["KV heads"]:  # multi-head, or groups that only went whole
-        del series["KV heads"]
     return series
 
 
@@ -56,6 +88,15 @@ def elapsed(rows: Sequence[Mapping[str, Any]]) -> list[float]:
         for before, after in pairwise(rows)
     ]
     return list(accumulate(seconds, initial=0.0))
+
+
+def tokens_at(rows: Sequence[Mapping[str, Any]], times: Sequence[float], seconds: float) -> float:
+    """Returns the tokens seen after so many seconds of training; `times` are those of `elapsed`."""
+    after = min(bisect_right(times, seconds), len(times) - 1)
+    before = max(0, after - 1)
+    span = times[after] - times[before] or 1.0
+    first, last = rows[before]["tokens"], rows[after]["tokens"]
+    return float(first + (last - first) * min(1.0, (seconds - times[before]) / span))
 
 
 def model_config(run: History) -> dict[str, Any]:
@@ -84,12 +125,6 @@ def num_layers(run: History) -> int:
         return int(config["num_hidden_layers"])
     named = (re.match(r"layers\.(\d+)\.", name) for row in run.removals for name in row["units"])
     return max((int(match[1]) + 1 for match in named if match), default=1)
-
-
-def sizes_of(row: Mapping[str, Any]) -> str:
-    """Returns the shape of a row of metrics.jsonl in words."""
-    hidden, ffn, heads, kv = (sizes_text(row[name]) for name in SIZES.values())
-    return f"hidden {hidden}, FFN {ffn}, {heads} heads, {kv} KV"
 
 
 def end_of_pruning(run: History) -> int:

@@ -29,6 +29,7 @@ from efficientllm.distributed.rendezvous import is_main_rank
 from efficientllm.errors import CheckpointError
 from efficientllm.models.load import build_model, empty_model, load_config, load_model
 from efficientllm.numbers import counted, format_count
+from efficientllm.run.environment import add_start
 from efficientllm.run.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.run.logs import check_installed
 from efficientllm.run.progress import Display
@@ -77,6 +78,7 @@ def _begin(config: RunConfig, out: Path) -> int:
         with new_folder(out) as staging:
             _open_corpus(config, source, staging / "data", display)
             write_config(staging, config)
+            add_start(staging, 0, engine.num_ranks)
         claim_folder()
 
     engine.run_on_main(make_folder)
@@ -114,6 +116,7 @@ def _resume(config: RunConfig, out: Path) -> int:
         if more:
             _reopen(out, stored, checkpoint)
         write_config(out, config)
+        add_start(out, checkpoint.step if checkpoint else 0, engine.num_ranks)
         claim_folder()
 
     engine.run_on_main(change_folder)
