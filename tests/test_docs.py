@@ -121,7 +121,8 @@ def commands(lines: Sequence[str], shell: bool = False) -> list[str]:
     bare = [re.split(r"(?:^|\s)#\s", line)[0].strip() for line in found]
     bare = [line for line in bare if line]
     for line in bare if prompted or shell or (bare and PROGRAM.match(bare[0] + " ")) else bare[:1]:
-        near = difflib.SequenceMatcher(None, line.split()[0], "efficientllm").ratio() > 0.8
+        first = line.split()[0]
+        near = first[-1] != ":" and difflib.SequenceMatcher(None, first, "efficientllm").ratio() > 0.8
         if not PROGRAM.match(line + " ") and (prompted or shell or near or PROGRAM.match(bare[0] + " ")):
             raise ValueError(f"'{line}' stands among commands and is none that tests/test_docs.py knows")
     return [part for line in bare if PROGRAM.match(line + " ") for part in split(line)]
