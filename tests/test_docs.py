@@ -54,6 +54,7 @@ SIZES = {  # seconds on the demo's model; where the model is one of SHAPES the c
 RUN = ["--data", "train.jsonl", "--target-params", "450k", "--prune-tokens", "1k", "--tokens", "2k", "--out", "out"]
 SMALLER = {  # added to a verb, unless given
     "prune": ["--seq-len", "64", "--batch-tokens", "256"],
+    "plan": ["--seq-len", "64", "--batch-tokens", "256"],
     "generate": ["--max-new-tokens", "4"],
     "bench": ["--prompt", "8", "--new", "4"],
     "eval": ["--limit", "2"],
@@ -154,7 +155,7 @@ def tiny(command: str) -> list[str]:
             rest += [word for pair in zip(RUN[::2], RUN[1::2], strict=True) if pair[0] not in given for word in pair]
     if verb == "bench" and not HAS_LLAMA_CPP:
         rest = [word for word in rest if not word.endswith(".gguf")] or [str(DEMO_MODEL)]
-    more = SMALLER.get(verb, []) if "--resume" not in rest else []
+    more = SMALLER.get(verb, []) if "--resume" not in rest and rest[0] not in SHAPES else []
     return [verb, *rest, *(w for p in zip(more[::2], more[1::2], strict=True) if p[0] not in rest for w in p)]
 
 
