@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-slow test-all browser test-edge bench
+.PHONY: install demo check test test-slow test-all browser test-edge bench docs
 
 install: $(STAMP)
 
@@ -54,3 +54,14 @@ test-edge: $(EDGE)
 bench:
 	@sed -n 's|^    python benchmarks|$(BIN)/python benchmarks|p' benchmarks/*.py
 	@echo "benchmarks/README.md holds results."
+
+# The site: docs/_build/index.html. A warning, such as a link that leads nowhere, is an error.
+SITE := .venv/.installed-docs
+
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(SITE)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -E -c docs . docs/_build
+	@echo "docs/_build/index.html"

@@ -36,31 +36,42 @@ from efficientllm.space.limits import check_target
 class Pruner:
     """Removes minimal parameter groups from a model while an optimizer trains it, until it has the target size.
 
+    It is built once, before the first step, and works by itself: every `optimizer.step()` scores the units, updates the
+    weights and removes what is due. The loop stays as it was. `model.save_pretrained` saves the stock model of whatever
+    size has been reached.
+
     Args:
-        model: a Hugging Face decoder model of a supported family; replaced parameters stay inside it.
-        optimizer: any torch optimizer whose state tensors have their parameter's shape.
+        model: a Hugging Face decoder model of a supported family. Parameters are replaced inside it as it shrinks.
+        optimizer: any torch optimizer whose state tensors have their parameter's shape; it must hold every parameter of
+            the model that is trained.
         target_params: the size to land on; the result has less than one FFN tile fewer.
         measure: what targets, landing and pace count instead of parameters: the bytes of a file, say.
-        pace: when removals are due: `SlotPace` (the paper's) or `LinearPace(steps, warmup_steps)`.
-        saliency, score, score_ema: "taylor1" or "taylor2" ("first" and "fisher" until 0.2); "output" layers or "all";
-            decay of a moving average.
-        compensate: the second-order update of variant B.
+        pace: when removals are due: `LinearPace(steps, warmup_steps)`, or `SlotPace`, the paper's (the default, with
+            slots of one step).
+        saliency: "taylor1", the mean of abs(w·g), or "taylor2", with the diagonal Fisher's second-order term ("first"
+            and "fisher" until 0.2).
+        score: the matrices that are scored: "output", those that write to the residual stream, or "all".
+        score_ema: decay of a moving average of the saliency, from 0 (none) to below 1; for small batches.
+        compensate: whether the layers that read a unit are updated when it goes, by least squares (variant B).
         per_layer: whether layers shrink each on its own and may end with different widths: a minimal parameter group is
             then one layer's. A model whose layers differ at the end is saved with a small file of remote code.
-        limits: legal shapes, from `find_limits` of the space of that layout; by default rounded to 64 from 10M
-            parameters on.
+        limits: legal shapes, from `find_limits` of the space of that layout; by default widths are multiples of 64 from
+            10M parameters on, and free below.
         compaction_tile: retired channels (as many columns of O, for heads) that wait for one compaction, a matter of
             speed (default: the limits' tiles).
+        save_at: sizes on the way to land on too.
+        on_landing: called as `on_landing(size)` at each of `save_at` and at the target.
         placement: where the model's tensors are (default: here, whole).
-        save_at: sizes on the way to land on too; `on_landing(size)` is called at each, the target included.
 
     Attributes:
         removals: every `Removal` so far.
         step: optimizer steps seen.
+        model: the model; under FSDP another object after every compaction.
         scorer: what scores the gradients; its `fishers` may be set before each step.
 
     Raises:
-        BudgetError, UnsupportedModelError: as find_space and check_target do.
+        BudgetError: if the target is above the source or below the smallest legal shape.
+        UnsupportedModelError: if the family cannot be pruned, or the optimizer does not hold the model's parameters.
     """
 
     def __init__(
@@ -288,7 +299,7 @@ class Pruner:
                 self.sampler.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, tensors in "average"."""
+        """Returns all that a resumed Pruner needs beside model and optimizer: JSON values, and tensors in "average"."""
         self.scorer.look()
         return {
             "step": self.step,

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearPace:
-    """The size falls in a straight line over steps, from the source at `warmup_steps` to the target at `steps`."""
+    """The size falls in a straight line over steps, from the source at `warmup_steps` to the target at `steps`.
+
+    Attributes:
+        steps: the optimizer step at which the target is reached.
+        warmup_steps: steps before the first removal.
+    """
 
     steps: int
     warmup_steps: int = 0
@@ -29,7 +34,8 @@ class SlotPace:
 
     Attributes:
         slot_steps: N, the optimizer steps of one slot; below 1, several slots go by in a step.
-        equal: every removal costs one slot, of any kind: a ratio of removals to steps (the paper's 4:1 to 1:9).
+        warmup_steps: steps before the first removal.
+        equal: every removal costs one slot, whatever its kind: a ratio of removals to steps (the paper's 4:1 to 1:9).
     """
 
     slot_steps: float
