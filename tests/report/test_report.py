@@ -650,7 +650,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest
     for words, said in (
         (["report", str(tmp_path / "nowhere")], "no such folder"),
         (["report", str(tmp_path)], "no config.yaml"),
-        (["report", str(empty)], "has not begun"),
+        (["report", str(empty)], "has not started"),
         (["report", str(run), str(run)], "--out is missing"),
         (["report", str(run), "--out", str(tmp_path)], "is a folder"),
         (["report", str(run), "--out", str(tmp_path / "no/where.html")], "cannot be written"),
@@ -710,7 +710,7 @@ def test_a_taken_port_is_told(server: Server, capsys: pytest.CaptureFixture[str]
     words = ["prune", str(DEMO_MODEL), "--data", "x", "--target-params", "560000", "--prune-tokens", "1Mi"]
     words += ["--tokens", "1Mi", "--out", "y", "--live", str(server.server_port)]
     assert main(words) == 2
-    assert f"--live {server.server_port}: no page there" in capsys.readouterr().err
+    assert f"--live {server.server_port}: cannot serve a page" in capsys.readouterr().err
     with followed("nowhere", None):  # without --live
         assert "live page" not in capsys.readouterr().out
 

@@ -159,9 +159,9 @@ def test_shape_of_a_row() -> None:
     ("arguments", "words"),
     [
         ("", ["RUN is missing"]),
-        ("nowhere", ["nowhere: no run folder (no such folder)"]),
-        ("model", ["model: no run folder", "no config.yaml and no metrics.jsonl"]),
-        ("begun", ["begun: the run has not begun"]),
+        ("nowhere", ["nowhere: not a run folder (no such folder)"]),
+        ("model", ["model: not a run folder", "no config.yaml and no metrics.jsonl"]),
+        ("begun", ["begun: the run has not started"]),
         ("broken", ["broken/config.yaml", "unknown key 'tokenz'"]),
         ("begun --out table.csv", ["--out table.csv", "give a .md or a .json file"]),
     ],

@@ -18,7 +18,7 @@ class Facts:
         params, source_params, tokens: parameters of result and source; tokens of training up to here.
         shape: in a config's words; a list, layer by layer, where layers differ.
         losses: validation losses in nats per token, by what they are of ("source", "result").
-        annealed: whether the learning rate has been brought down; a rung of a ladder is not annealed.
+        annealed: whether the learning rate has been brought down; a size saved on the way is not annealed.
     """
 
     model: str

@@ -224,7 +224,7 @@ def _machine(run: History) -> Figure:
 
 
 MACHINE = (("Tokens a second", "tokens_per_second", SPEED), ("Memory in use", "memory_bytes", MEMORY))
-MEMORY_NOTE = "Memory is that of the first process: the peak between two looks on a GPU, what it holds on a CPU."
+MEMORY_NOTE = "Memory is that of the first process: the peak between two readings on a GPU, what it holds on a CPU."
 
 
 def machines(runs: Sequence[tuple[str, History]]) -> Figure:

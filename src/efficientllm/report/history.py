@@ -59,17 +59,19 @@ def read_run(folder: str | Path) -> History:
     """Returns the history of a run, finished or not; reads no weights.
 
     Raises:
-        ConfigError: no run folder, a broken config.yaml, or a run that has not begun.
+        ConfigError: not a run folder, a broken config.yaml, or a run that has not started.
     """
     path = Path(folder).expanduser()
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
         found = f"it holds no {' and no '.join(missing)}" if path.is_dir() else "no such folder"
-        raise ConfigError(f"{folder}: no run folder ({found}); name the --out of a prune")
+        raise ConfigError(f"{folder}: not a run folder ({found}); name the --out of a prune run")
     config = load_yaml(path / "config.yaml")
     rows = read_rows(path / "metrics.jsonl")
     if not rows:
-        raise ConfigError(f"{folder}: the run has not begun, its metrics.jsonl is empty; finish it with prune --resume")
+        raise ConfigError(
+            f"{folder}: the run has not started (its metrics.jsonl is empty); finish it with prune --resume"
+        )
     flops = _flops(path, config, rows)
     return History(
         folder=path,

@@ -38,7 +38,9 @@ def followed(run: str, port: int | None) -> Iterator[None]:
     try:
         server = Server(Path(run).expanduser(), port)
     except OSError as error:
-        raise ConfigError(f"--live {port}: no page there ({error.strerror}); leave the number out") from None
+        raise ConfigError(
+            f"--live {port}: cannot serve a page on this port ({error.strerror}); omit the number"
+        ) from None
     print(f"live page: {server.url}", flush=True)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()

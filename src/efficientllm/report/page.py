@@ -8,6 +8,7 @@ from typing import Any
 
 from efficientllm import __version__
 from efficientllm.errors import ConfigError
+from efficientllm.files import write_whole
 from efficientllm.numbers import format_count
 from efficientllm.report import facts
 from efficientllm.report.facts import name_of
@@ -32,12 +33,12 @@ def report(runs: Sequence[str], out: str | None, *, samples: bool, trust_remote_
         samples: also lets source and result write a text, unless the run folder holds one.
 
     Raises:
-        ConfigError: no run folder, a run that has not begun, several runs without `out`, or `out` cannot be written.
+        ConfigError: not a run folder, a run that has not started, several runs without `out`, or `out` cannot be written.
     """
     if out is None and len(runs) > 1:
         raise ConfigError("--out is missing; name the file to write for several runs, such as --out report.html")
     if len(runs) > MOST_RUNS:
-        raise ConfigError(f"{len(runs)} runs; one page takes {MOST_RUNS} at most")
+        raise ConfigError(f"{len(runs)} runs given, but one page shows at most {MOST_RUNS}")
     histories = [read_run(run) for run in runs]
     path = Path(out).expanduser() if out else histories[0].folder / PAGE
     if path.is_dir():
@@ -69,19 +70,16 @@ def write_page(path: Path, page: str) -> int:
     Raises:
         ConfigError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     content = page.encode()
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file with --out") from None
     return len(content)
 
 
 def render(runs: Sequence[History], texts: Sequence[Texts], refresh: int | None = None) -> str:
-    """Returns the page of runs as HTML; with `refresh` it loads itself anew after so many seconds."""
+    """Returns the page of runs as HTML; with `refresh` it reloads every `refresh` seconds."""
     one = len(runs) == 1
     named = [("", runs[0])] if one else list(zip(ascii_uppercase, runs, strict=False))
     labels = ["" if one else f"{letter}: {name_of(run)}" for letter, run in named]

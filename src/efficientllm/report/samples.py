@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientllm.errors import DataError, EfficientLLMError
+from efficientllm.files import write_whole
 from efficientllm.report.history import History
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def stored_texts(run: History) -> Texts:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if not run.finished:
-        return Texts([], "Once the run has its result, source and result go on with the same held-out text here.")
+        return Texts([], "Once the run has its result, source and result continue the same held-out text here.")
     return Texts([], f"None yet; efficientllm report {run.folder} lets source and result write them.")
 
 
@@ -54,14 +55,12 @@ def make_texts(run: History, trust_remote_code: bool = False) -> Texts:
     except EfficientLLMError as error:
         return Texts([], f"None: {error}.")
     note = (
-        f"The first {PROMPT} tokens are held-out text; source and result go on with it, sampled at temperature "
+        f"The first {PROMPT} tokens are held-out text; source and result continue it, sampled at temperature "
         f"{TEMPERATURE} with seed {SEED}."
     )
     content = {"tokens": run.tokens, "note": note, "samples": samples}
-    partial = run.folder / f".{FILE}.partial"
     try:
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(run.folder / FILE)
+        write_whole(run.folder / FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:  # another's folder: the page has them all the same
         warnings.warn(f"{run.folder / FILE} cannot be written ({error.strerror})", stacklevel=2)
     return Texts(samples, note)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm import __version__
+from efficientllm.files import write_whole
 
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -24,9 +25,7 @@ def add_start(folder: Path, step: int, ranks: int) -> None:
         "versions": versions(PACKAGES),
         "hardware": {**hardware(), "processes": ranks},
     }
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps([*read_starts(folder), start], indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps([*read_starts(folder), start], indent=1) + "\n")
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
