@@ -33,7 +33,7 @@ def report(runs: Sequence[str], out: str | None, *, samples: bool, trust_remote_
         samples: also lets source and result write a text, unless the run folder holds one.
 
     Raises:
-        ConfigError: not a run folder, a run that has not started, several runs without `out`, or `out` cannot be written.
+        ConfigError: not a run folder, a run that has not started, several runs without `out`, or no writing to `out`.
     """
     if out is None and len(runs) > 1:
         raise ConfigError("--out is missing; name the file to write for several runs, such as --out report.html")
