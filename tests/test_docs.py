@@ -313,7 +313,7 @@ def test_flags_exist(page: str) -> None:
     wrong = []
     for span in re.findall(r"`([^`\n]+)`", text):
         wrong += unknown_flags(span)
-        first = re.match(r"--[a-z][\w-]*", span)
+        first = re.match(r"--[a-z][\w-]*(?![\w-]|…)", span)  # `--min-…` is several
         wrong += [f"no verb has {first[0]}"] if first and first[0] not in known else []
     assert not wrong, wrong
 
