@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-all browser test-edge bench docs
+.PHONY: install demo check test test-slow test-all browser test-edge bench docs
 
 install: $(STAMP)
 
@@ -22,11 +22,18 @@ check: install
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# A worker a core, for the tests use one thread each; WORKERS=0 runs them in this process, for a debugger.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
 test: install
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
+
+test-slow: install browser
+	$(PYTEST) -m slow
 
 test-all: install browser
-	$(BIN)/pytest
+	$(PYTEST)
 
 # A run's page is looked at in a real browser; where none is and none can be installed, that test skips.
 browser:

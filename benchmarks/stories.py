@@ -1,6 +1,6 @@
 """The real tiny model: stories260K to 130k parameters, and what the pruning costs beside plain training.
 
-    python benchmarks/stories.py ../shared [--seeds 0 1] [flags of prune, such as --compensate]
+    python benchmarks/stories.py inputs [--seeds 0 1] [flags of prune, such as --compensate]
 
 Runs plain training (target equal to the source) and pruning of as many steps, one after the other, for every seed, and
 prints the losses on the held-out stories and the ratio of their times.
@@ -17,10 +17,10 @@ from efficientllm.cli import main
 SOURCE_PARAMS, TARGET = 260_032, 130_000
 
 
-def run(shared: Path, out: Path, target: int, seed: int, more: list[str]) -> tuple[float, list[dict[str, float]]]:
+def run(inputs: Path, out: Path, target: int, seed: int, more: list[str]) -> tuple[float, list[dict[str, float]]]:
     """Returns the seconds between the first and the last row, and the rows that have a validation loss."""
-    stories = shared / "data/tinystories"
-    words = ["prune", str(shared / "models/stories260K"), "--data", str(stories / "train.jsonl")]
+    stories = inputs / "data/tinystories"
+    words = ["prune", str(inputs / "models/stories260K"), "--data", str(stories / "train.jsonl")]
     words += ["--valid", str(stories / "valid.jsonl"), "--target-params", str(target), "--prune-tokens", "614400"]
     words += ["--tokens", "1228800", "--seq-len", "256", "--batch-tokens", "2048", "--lr", "3e-3"]
     words += ["--seed", str(seed), "--out", str(out), *more]
@@ -33,14 +33,14 @@ def run(shared: Path, out: Path, target: int, seed: int, more: list[str]) -> tup
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shared", type=Path)
+    parser.add_argument("inputs", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments, more = parser.parse_known_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
-            plain, _ = run(arguments.shared, Path(folder) / f"plain-{seed}", SOURCE_PARAMS, seed, [])
-            pruning, rows = run(arguments.shared, Path(folder) / f"pruned-{seed}", TARGET, seed, more)
+            plain, _ = run(arguments.inputs, Path(folder) / f"plain-{seed}", SOURCE_PARAMS, seed, [])
+            pruning, rows = run(arguments.inputs, Path(folder) / f"pruned-{seed}", TARGET, seed, more)
             results.append((seed, rows, plain, pruning))
     print(f"\n{time.strftime('%Y-%m-%d')} {' '.join(more)}")
     print("seed  source  after pruning  result  above source  parameters  seconds plain  pruning  ratio")

@@ -1,6 +1,6 @@
 """What the experiments share: runs of `efficientllm prune` that differ in a few flags, and tables of what came of them.
 
-    python experiments/NAME/run.py [--scale tiny] [--shared ../shared] [--seeds 1 2 3] [--jobs 2] [--only RUN...]
+    python experiments/NAME/run.py [--scale tiny] [--inputs DIR] [--seeds 1 2 3] [--jobs 2] [--only RUN...]
     python experiments/NAME/run.py --table
 
 Runs what is missing, `--jobs` at a time with one thread each, and goes on with what was broken off; then prints the
@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,11 +22,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from scales import SCALES, Scale
-from sources import source_of, text_of
+from sources import INPUTS, source_of, text_of
 
 from efficientllm.report.history import read_run
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.resolve()
 KEPT = ("metrics.jsonl", "removals.jsonl")
 
 
@@ -83,7 +82,7 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     """The command line of an experiment."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--inputs", type=Path, default=INPUTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="RUN", help="make these runs alone")
@@ -98,7 +97,7 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
         made = [run for run in wanted if not asked.only or run.name in asked.only]
         if asked.compile:
             made = [replace(run, flags={"compile": True, **run.flags}) for run in made]
-        execute(made, scale, asked.shared, asked.seeds, asked.jobs)
+        execute(made, scale, asked.inputs, asked.seeds, asked.jobs)
     results = {run.name: found for run in wanted if (found := load(run, asked.scale, asked.seeds))}
     for run in wanted:
         done = [result.seed for result in results.get(run.name, [])]
@@ -110,7 +109,7 @@ def main(doc: str, file: str, runs: Callable[[Scale], Sequence[Run]], table: Cal
     (Path(file).parent / f"results-{asked.scale}.md").write_text(f"{head}\n\n{text}\n")
 
 
-def execute(wanted: Sequence[Run], scale: Scale, shared: Path, seeds: list[int], jobs: int) -> None:
+def execute(wanted: Sequence[Run], scale: Scale, inputs: Path, seeds: list[int], jobs: int) -> None:
     """Makes the runs that are missing; one whose shape another takes comes first."""
     name = scale.name
     waiting = [(run, seed) for position in range(len(seeds)) for run in wanted for seed in chosen(run, seeds, position)]
@@ -125,7 +124,7 @@ def execute(wanted: Sequence[Run], scale: Scale, shared: Path, seeds: list[int],
                 failed.add((run.name, seed))
             elif len(under_way) < jobs and not needs:
                 waiting.remove((run, seed))
-                under_way[run.name, seed] = start(run, scale, shared, seed)
+                under_way[run.name, seed] = start(run, scale, inputs, seed)
                 print(f"{time.strftime('%H:%M:%S')} {run.name}-s{seed} ({len(waiting)} wait)", file=sys.stderr)
         time.sleep(1)
         for key, process in list(under_way.items()):
@@ -137,22 +136,22 @@ def execute(wanted: Sequence[Run], scale: Scale, shared: Path, seeds: list[int],
                 log = log_of(folder(key[0], name, key[1]))
                 print(f"{key[0]}-s{key[1]} failed; see {log}", file=sys.stderr)
             else:
-                keep(*key, name)
+                keep(*key, name, inputs)
         if waiting and not under_way and all(run.shape_of for run, _ in waiting):
             missing = {run.shape_of for run, seed in waiting if not (folder(run.shape_of or "", name, seed)).exists()}
             raise SystemExit(f"runs wait for the shapes of {', '.join(map(str, missing))}, which nothing makes")
 
 
-def start(run: Run, scale: Scale, shared: Path, seed: int) -> "subprocess.Popen[bytes]":
+def start(run: Run, scale: Scale, inputs: Path, seed: int) -> "subprocess.Popen[bytes]":
     out = folder(run.name, scale.name, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["prune", "--resume", "--out", str(out)]
     if not out.exists():
-        text = text_of(scale, shared)
+        text = text_of(scale, inputs)
         flags: dict[str, Any] = {**text, **scale.flags(), "seed": seed, "threads": 1, "out": out, **run.flags}
         if run.shape_of:
             flags["shape_of"] = folder(run.shape_of, scale.name, seed)
-        words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, shared))]
+        words = ["prune", str(HERE.parent / run.source if run.source else source_of(scale, inputs))]
         for flag, value in flags.items():
             if value is not None:
                 words += ["--" + flag.replace("_", "-")] + ([] if value is True else [str(value)])
@@ -178,18 +177,24 @@ def kept(run: str, name: str, seed: int) -> Path:
     return HERE / "results" / name / f"{run}-s{seed}"
 
 
-def keep(run: str, seed: int, name: str) -> None:
-    """Keeps what the tables are made from, and the run's config."""
+def keep(run: str, seed: int, name: str, inputs: Path) -> None:
+    """Keeps what the tables are made from, and the run's config, with paths from the repository's root."""
     source, target = folder(run, name, seed), kept(run, name, seed)
     target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         if (source / file).exists():
             with gzip.GzipFile(target / f"{file}.gz", "wb", mtime=0) as packed:
-                packed.write((source / file).read_bytes())
+                packed.write(from_root((source / file).read_text(), inputs).encode())
     for config in (*source.glob("config.*"), source / "model/config.json"):
-        shutil.copy(config, target / ("model.json" if config.parent.name == "model" else config.name))
+        kept_as = target / ("model.json" if config.parent.name == "model" else config.name)
+        kept_as.write_text(from_root(config.read_text(), inputs))
     flops = read_run(source).flops
     (target / "flops.json").write_text(json.dumps(flops[-1] if flops else None))
+
+
+def from_root(text: str, inputs: Path) -> str:
+    """Returns the text without this machine's folders: `inputs/` is wherever the inputs stood."""
+    return text.replace(f"{inputs.resolve()}/", "inputs/").replace(f"{HERE.parent}/", "")
 
 
 def load(run: Run, name: str, seeds: list[int]) -> list[Result]:

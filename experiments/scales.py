@@ -25,8 +25,8 @@ class Scale:
 
     Attributes:
         name: its key in SCALES.
-        source: below the shared folder, or how it is made.
-        data, valid: text below the shared folder.
+        source: below the folder of inputs, or how it is made.
+        data, valid: text below the folder of inputs.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Pretrains the source of a scale that has none ready, on the scale's own text.
 
-    python experiments/sources.py --scale small [--shared ../shared] [--tokens N] [--compile]
+    python experiments/sources.py --scale small [--inputs DIR] [--tokens N] [--compile]
 
 Trains a tokenizer, makes token shards of the text, writes an untrained Llama and lets `efficientllm prune` train it
 without removing anything. The source lies in runs/experiments/SCALE/source/model; broken off, the command goes on.
@@ -19,26 +19,27 @@ from scales import SCALES, Pretraining, Scale
 
 from efficientllm.data.documents import parse_source, read_documents
 
+INPUTS = Path(__file__).parent.parent / "inputs"  # README.md says what belongs there
 RUNS = Path(__file__).parent.parent / "runs/experiments"
 DOCUMENTS = 5_000  # that the tokenizer is trained on
 
 
-def source_of(scale: Scale, shared: Path) -> Path:
+def source_of(scale: Scale, inputs: Path) -> Path:
     """Returns the folder of a scale's source."""
-    return shared / scale.source if isinstance(scale.source, str) else RUNS / scale.name / "source/model"
+    return inputs / scale.source if isinstance(scale.source, str) else RUNS / scale.name / "source/model"
 
 
-def text_of(scale: Scale, shared: Path) -> dict[str, Path]:
+def text_of(scale: Scale, inputs: Path) -> dict[str, Path]:
     """Returns what a scale trains and validates on: text, or token shards where the source is made here."""
     if isinstance(scale.source, str):
-        return {"data": shared / scale.data, "valid": shared / scale.valid}
+        return {"data": inputs / scale.data, "valid": inputs / scale.valid}
     return {"data": RUNS / scale.name / "train", "valid": RUNS / scale.name / "valid"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=[name for name, each in SCALES.items() if not isinstance(each.source, str)])
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--inputs", type=Path, default=INPUTS)
     parser.add_argument("--tokens", type=int, help="fewer tokens, to see whether it works")
     parser.add_argument("--compile", action="store_true", help="compile the layers; worth it on a GPU")
     asked = parser.parse_args()
@@ -47,11 +48,11 @@ def main() -> int:
     assert isinstance(recipe, Pretraining)
     if not (untrained / "config.json").exists():
         sizes = {key: value for key, value in asdict(recipe).items() if key not in ("tokens", "batch_tokens", "lr")}
-        write_model(texts(asked.shared / scale.data), untrained, max_position_embeddings=2 * scale.seq_len, **sizes)
-    shards = text_of(scale, asked.shared)
+        write_model(texts(asked.inputs / scale.data), untrained, max_position_embeddings=2 * scale.seq_len, **sizes)
+    shards = text_of(scale, asked.inputs)
     for part, text in (("data", scale.data), ("valid", scale.valid)):
         if not shards[part].exists():
-            code = efficientllm("prepare", asked.shared / text, "--tokenizer", untrained, "--out", shards[part])
+            code = efficientllm("prepare", asked.inputs / text, "--tokenizer", untrained, "--out", shards[part])
             if code:
                 return code
     if run.exists():

@@ -187,8 +187,8 @@ def test_what_flags_were_called_still_works(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", ["a verb is missing", "inspect"]),
-        ("prun M", ["unknown verb 'prun'", "did you mean prune?"]),
+        ("", ["no command given", "inspect"]),
+        ("prun M", ["unknown command 'prun'", "did you mean prune?"]),
         ("--versio", ["unknown flag --versio", "did you mean --version?"]),
         ("prune M --gpus 8", ["--gpus is a flag of plan", "torchrun"]),
         (
@@ -213,7 +213,7 @@ def test_what_flags_were_called_still_works(
         ("generate M hello --max-new-tokens 0", ["--max-new-tokens 0"]),
         ("push nowhere hub/name", ["push nowhere", "no such folder"]),
         ("prune M --data", ["--data: a value is missing"]),
-        ("prune M --data a b", ["'b' is one value too many"]),
+        ("prune M --data a b", ["'b' is an unexpected argument"]),
         ("prune M --resume=yes", ["--resume takes no value"]),
         ("prune M --init pretraned", ["--init pretraned", "did you mean pretrained?"]),
         ("prune M --lr fast", ["--lr", "'fast'"]),
@@ -233,7 +233,7 @@ def test_what_flags_were_called_still_works(
         ("prune M --config nowhere.yaml", ["--config nowhere.yaml", "cannot be read"]),
         ("prune M --config key.yaml", ["unknown key 'targt_params'", "did you mean target_params?"]),
         ("prune M --config list.yaml", ["--config list.yaml", "holds a list"]),
-        ("prune M --config broken.yaml", ["--config broken.yaml", "not YAML"]),
+        ("prune M --config broken.yaml", ["--config broken.yaml", "not valid YAML"]),
     ],
 )
 def test_a_mistake_is_one_line(

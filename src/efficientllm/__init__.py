@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from efficientllm.models.load import load_model as load
     from efficientllm.pruning.pruner import Pruner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Pruner", "__version__", "load"]
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if is_main_rank() or getattr(error, "one_rank", False):
                 print(f"efficientllm: error: {_one_line(error)}", file=sys.stderr)
             else:
-                time.sleep(PATIENCE)  # torchrun ends all ranks when one does: the one that speaks goes first
+                time.sleep(PATIENCE)  # torchrun ends all ranks when one does: the one that reports exits first
             return 2
         except KeyboardInterrupt:
             return 130
@@ -48,7 +48,9 @@ def _run(arguments: list[str]) -> int:
         # intermixed: argparse would take an optional MODEL behind a flag for one value too many
         given, left = verbs[verb].parse_known_intermixed_args(arguments[1:])
         if left:
-            raise ConfigError(f"{verb}: '{left[0]}' is one value too many; for several values repeat the flag")
+            raise ConfigError(
+                f"{verb}: '{left[0]}' is an unexpected argument; to give a flag several values, repeat the flag"
+            )
         given.words = arguments
         handler: Callable[[argparse.Namespace], int] = given.handler
         return handler(given)
@@ -56,8 +58,8 @@ def _run(arguments: list[str]) -> int:
         check_flags(parser, arguments[:1], verbs)
         parser.parse_args(arguments[:1])  # prints help or version, and leaves
     if verb:
-        raise ConfigError(f"unknown verb '{verb}'; did you mean {nearest(verb, verbs)}?")
-    raise ConfigError(f"a verb is missing; give one of {', '.join(verbs)}")
+        raise ConfigError(f"unknown command '{verb}'; did you mean {nearest(verb, verbs)}?")
+    raise ConfigError(f"no command given; use one of {', '.join(verbs)}")
 
 
 def _config(given: argparse.Namespace) -> RunConfig:
@@ -94,9 +96,9 @@ def _plan(given: argparse.Namespace) -> int:
     check_shards(config)
     for name, value in (("MODEL", config.model), ("--target-params", config.target_params or config.target_bytes)):
         if not value:
-            raise ConfigError(f"{name} is missing; plan needs a model and the size to end with")
+            raise ConfigError(f"{name} is missing; plan needs a model and a target size")
     if config.method != "efficientllm":
-        raise ConfigError(f"--method {config.method}: plan knows the removals of efficientllm alone; leave it out")
+        raise ConfigError(f"--method {config.method}: plan supports only the method efficientllm; remove --method")
     from efficientllm.terminal.plan import print_plan
 
     return print_plan(config, given.like, cluster)
@@ -116,7 +118,7 @@ def _prune(given: argparse.Namespace) -> int:
         validate(config, complete=False)
         return _print(config)
     if given.resume and not config.out:
-        raise ConfigError("--out is missing; name the run folder to go on with")
+        raise ConfigError("--out is missing; name the run folder to resume")
     port = _port(given.live)
     validate(config, complete=not given.resume)
     from efficientllm.report.live import followed
@@ -135,7 +137,7 @@ def _port(text: str | None) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or int(text) > 65535:
-        raise ConfigError(f"--live {text}: not a port; give a number up to 65535, or --live=0 for any free one")
+        raise ConfigError(f"--live {text}: not a port; give a number up to 65535, or --live=0 for any free port")
     return int(text)
 
 
@@ -154,9 +156,11 @@ def _generate(given: argparse.Namespace) -> int:
     except ValueError:
         temperature = -1.0
     if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {given.max_new_tokens} is below 1; give a whole number from 1")
+        raise ConfigError(f"--max-new-tokens {given.max_new_tokens} is below 1; give a whole number of at least 1")
     if not 0 <= temperature < math.inf:
-        raise ConfigError(f"--temperature {given.temperature} is no number from 0 up; 0 takes the likeliest token")
+        raise ConfigError(
+            f"--temperature {given.temperature} is not a number of at least 0; give 0 for greedy decoding"
+        )
     from efficientllm.delivery.generate import generate_text
 
     return generate_text(
@@ -191,7 +195,7 @@ def _bench(given: argparse.Namespace) -> int:
     _check_choice("--runtime", given.runtime, ("torch", "llama.cpp", "onnx"))
     prompt, new = parse_count(given.prompt, "--prompt"), parse_count(given.new, "--new")
     if min(prompt, new) < 1:
-        raise ConfigError(f"--prompt {prompt}, --new {new}: give whole numbers from 1")
+        raise ConfigError(f"--prompt {prompt}, --new {new}: both must be whole numbers of at least 1")
     from efficientllm.delivery.bench import bench
 
     trust = getattr(given, "trust_remote_code", False)
@@ -206,7 +210,7 @@ def _eval(given: argparse.Namespace) -> int:
 
     names = given.tasks if given.tasks is not None else "" if given.text else "commonsense"
     if given.data_dir is not None and not names:
-        raise ConfigError(f"--data-dir {given.data_dir} is for tasks; add --tasks, or leave it out")
+        raise ConfigError(f"--data-dir {given.data_dir} is used only with tasks; add --tasks or remove --data-dir")
     limit = None if given.limit is None else _at_least_one(given.limit, "--limit")
     tasks, batch_size = find_tasks(names) if names else [], _at_least_one(given.batch_size, "--batch-size")
     from efficientllm.terminal.eval import eval_command
@@ -232,16 +236,30 @@ def _compare(given: argparse.Namespace) -> int:
     return compare(given.runs, out=given.out, overwrite=given.overwrite)
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    from efficientllm.terminal.doctor import doctor
+
+    return doctor(as_json=given.json)
+
+
+def _completion(given: argparse.Namespace) -> int:
+    _check_choice("SHELL", given.shell, ("bash", "zsh", "fish"))
+    from efficientllm.terminal.completion import completion_script
+
+    print(completion_script(*build_parser(HANDLERS), given.shell))
+    return 0
+
+
 def _at_least_one(text: str, flag: str) -> int:
     number = parse_count(text, flag)
     if number < 1:
-        raise ConfigError(f"{flag} {text} is below 1; give a whole number from 1")
+        raise ConfigError(f"{flag} {text} is below 1; give a whole number of at least 1")
     return number
 
 
 def _check_choice(flag: str, value: str | None, known: Sequence[str]) -> None:
     if value is not None and value not in known:
-        raise ConfigError(f"{flag} {value} is not known; did you mean {nearest(value, known)}?")
+        raise ConfigError(f"{flag} {value} is not one of {', '.join(known)}; did you mean {nearest(value, known)}?")
 
 
 def _push(given: argparse.Namespace) -> int:
@@ -275,4 +293,6 @@ HANDLERS = {
     "eval": _eval,
     "compare": _compare,
     "push": _push,
+    "doctor": _doctor,
+    "completion": _completion,
 }

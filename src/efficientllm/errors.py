@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend. Each message says what was asked, what was found and what to do.
+"""Errors that a user can cause and fix. Each message says what was asked, what was found and what to do.
 
 EfficientLLMError
   ConfigError             a flag, key or value that does not fit
@@ -6,7 +6,7 @@ EfficientLLMError
   UnsupportedModelError   a model that cannot be read or pruned
   DataError               text or token shards that cannot be used
   CheckpointError         a run folder that cannot be resumed
-  TrainingError           a run that cannot go on
+  TrainingError           a run that cannot continue
 """
 
 
@@ -35,7 +35,7 @@ class CheckpointError(EfficientLLMError):
 
 
 class TrainingError(EfficientLLMError):
-    """A run that cannot go on; `one_rank`: for a reason that other ranks do not have, so that this one must tell it."""
+    """A run that cannot continue; `one_rank`: for a reason of this rank alone, so that it must report it."""
 
     def __init__(self, message: str, *, one_rank: bool = False) -> None:
         super().__init__(message)

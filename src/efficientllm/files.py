@@ -35,7 +35,7 @@ def check_out(out: Path, overwrite: bool, folder: bool) -> None:
         raise ConfigError(f"--out {out} exists; add --overwrite to replace it, or choose another name")
     if out.is_dir() != folder:
         found, wanted = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
-        raise ConfigError(f"--out {out}: is {found}, and {wanted} is to be written; choose another name")
+        raise ConfigError(f"--out {out} is {found}, but {wanted} would be written; choose another name")
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -44,13 +44,14 @@ def check_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(anchor).free
     if free < num_bytes:
         raise ConfigError(
-            f"--out {out}: {num_bytes:,} bytes are needed, {free:,} are free; make room or choose another disk"
+            f"--out {out}: {num_bytes:,} bytes are needed, but only {free:,} are free; free up space or choose another "
+            "disk"
         )
 
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """Yields an empty folder near `out`, on the same disk, that is removed whatever happens.
+    """Yields an empty folder near `out`, on the same disk, that is removed in any case.
 
     Raises:
         ConfigError: if it cannot be written.

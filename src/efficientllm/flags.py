@@ -17,7 +17,7 @@ LIMITS = ("round_to", "min_ffn", "min_hidden", "min_kv")
 TEXT = ("text_field", "txt_split", "document_separator")
 GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
     "size": ("target_params", "target_bytes", "for_type", *LIMITS, "save_at"),
-    "pace (one of the first three)": ("prune_tokens", "slot_steps", "removals_per_step", "tokens"),
+    "pace (give one of the first three)": ("prune_tokens", "slot_steps", "removals_per_step", "tokens"),
     "data": ("data", "valid", "valid_tokens", *TEXT),
     "batch": ("seq_len", "batch_tokens", "micro_batch_size", "activation_checkpointing"),
     "what is removed": (
@@ -40,10 +40,10 @@ GROUPS: dict[str, tuple[str, ...]] = {  # headings of `prune --help`
 CLUSTER = (  # what `plan` asks beside the run itself
     ("--gpus", "N", "number of GPUs (default: 1)"),
     ("--gpu", "NAME", "which GPU, such as H100, A100-80GB or RTX-4090"),
-    ("--flops", "X", "FLOP/s of dense bf16 matrix products of a GPU, such as 989T"),
-    ("--bandwidth", "X", "bytes/s that a GPU sends to the next one, such as 450G: half of what data sheets add up"),
-    ("--gpu-memory", "X", "bytes of memory of a GPU, such as 80G"),
-    ("--mfu", "X", "part of the FLOP/s that training reaches (default: 0.4, an assumption)"),
+    ("--flops", "X", "dense bf16 matrix FLOP/s of each GPU, such as 989T"),
+    ("--bandwidth", "X", "bytes/s that a GPU sends to another, such as 450G (data sheets give both directions)"),
+    ("--gpu-memory", "X", "bytes of memory of each GPU, such as 80G"),
+    ("--mfu", "X", "fraction of the FLOP/s that training reaches (default: 0.4, an assumption)"),
 )
 MESSAGES = {  # argparse's words to ours
     r"^argument (-\S+): expected one argument$": r"\1: a value is missing",
@@ -80,9 +80,7 @@ def check_flags(parser: Parser, arguments: Iterable[str], verbs: Mapping[str, Pa
         if not re.match(r"-[^\d.]", flag) or " " in flag or flag in flags:
             continue
         if parser is verbs.get("prune") and flag in [name for name, _, _ in CLUSTER]:
-            raise ConfigError(
-                f"{flag} is a flag of plan; prune takes the GPUs that torchrun gives it (docs/scaling.md)"
-            )
+            raise ConfigError(f"{flag} is a flag of plan; prune uses the GPUs that torchrun gives it (docs/scaling.md)")
         if owners := [name for name, other in verbs.items() if flag in other.flags]:
             raise ConfigError(
                 f"{flag} is a flag of {', '.join(owners)}, not of {parser.prog}; see {parser.prog} --help"
@@ -98,7 +96,7 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
         prog="efficientllm", description="Makes a pretrained decoder language model smaller while it trains."
     )
     parser.add_argument("--version", action="version", version=f"efficientllm {__version__}")
-    added = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
+    added = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, usage: str, help: str) -> Parser:
         verb: Parser = added.add_parser(
@@ -114,20 +112,20 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     plan = add(
         "plan",
         "MODEL --target-params N [flags]",
-        "shows shapes, steps, FLOPs, hours and memory of a run before it starts",
+        "shows the shapes, steps, FLOPs, hours and memory of a run before it starts",
     )
     _add_model(plan)
     _add_groups(plan)  # all of them: `prune` in a command becomes `plan`, and it says what would happen
     _add_config(plan)
-    plan.add_argument("--like", metavar="RUN", help="take the order of removals from this run's log")
-    cluster = plan.add_argument_group("on which GPUs (plan alone: hours, and memory of each)")
+    plan.add_argument("--like", metavar="RUN", help="remove in the order of this run's log")
+    cluster = plan.add_argument_group("GPUs to estimate for (plan only: hours, and memory of each GPU)")
     for flag, metavar, help in CLUSTER:
         cluster.add_argument(flag, metavar=metavar, help=help)
 
     prepare = add("prepare", "DATA... --tokenizer MODEL --out DIR [flags]", "turns text into token shards on disk")
     prepare.add_argument("data", metavar="DATA", nargs="+", help="file, folder or hub data set")
     prepare.add_argument(
-        "--tokenizer", metavar="MODEL", required=True, help="folder or hub id of the model that will read it"
+        "--tokenizer", metavar="MODEL", required=True, help="folder or hub id of the model whose tokenizer to use"
     )
     prepare.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     _add_fields(prepare, (*TEXT, "trust_remote_code"))
@@ -140,75 +138,93 @@ def build_parser(handlers: Mapping[str, Handler]) -> tuple[Parser, dict[str, Par
     _add_model(prune)
     _add_groups(prune)
     _add_config(prune)
-    prune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    prune.add_argument("--resume", action="store_true", help="continue the run in --out")
     prune.add_argument(
         "--live",
         metavar="PORT",
         nargs="?",
         const="0",
-        help="show the run on a page of this machine alone while it goes on (default: any free port)",
+        help="show the progress of the run on a web page, on this machine only (default: any free port)",
     )
 
-    report = add("report", "RUN... [--out FILE]", "shows runs on one page that needs no network")
+    report = add("report", "RUN... [--out FILE]", "shows runs on one HTML page that needs no network")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not")
     report.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html)")
-    report.add_argument("--no-samples", action="store_true", help="load no models to write text before and after")
+    report.add_argument(
+        "--no-samples", action="store_true", help="do not load models to generate text before and after"
+    )
     _add_fields(report, ("trust_remote_code",))
 
     generate = add("generate", 'MODEL "prompt" [flags]', "continues a prompt")
     _add_model(generate, required=True)
     generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
-    generate.add_argument("--max-new-tokens", metavar="N", default="128", help="tokens to add at most (default: 128)")
     generate.add_argument(
-        "--temperature", metavar="X", default="0.8", help="0 takes the likeliest token (default: 0.8)"
+        "--max-new-tokens", metavar="N", default="128", help="maximum number of tokens to generate (default: 128)"
+    )
+    generate.add_argument(
+        "--temperature", metavar="X", default="0.8", help="sampling temperature; 0 is greedy (default: 0.8)"
     )
     _add_fields(generate, ("seed", "trust_remote_code"))
 
     export = add(
         "export",
         "MODEL --to gguf|onnx|hf --out FILE [flags]",
-        "writes a model for a device, and proves it there",
+        "exports a model for a device, and checks the result there",
     )
     export.add_argument("model", metavar="MODEL", help="run folder, model folder or hub id")
     export.add_argument("--to", metavar="gguf|onnx|hf", required=True, help="format")
-    export.add_argument("--out", metavar="FILE", required=True, help="file to write; a folder for onnx and hf")
-    export.add_argument("--type", metavar="TYPE", help=f"of gguf: {' '.join(GGUF_TYPES)}")
-    export.add_argument("--dtype", metavar=FIELDS["dtype"].metadata["metavar"], help="of hf: the weights' dtype")
-    export.add_argument("--shard-size", metavar="SIZE", help="of hf: largest file of weights, such as 2GB")
-    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write (for onnx and hf a folder)")
+    export.add_argument("--type", metavar="TYPE", help=f"for gguf: {' '.join(GGUF_TYPES)}")
+    export.add_argument("--dtype", metavar=FIELDS["dtype"].metadata["metavar"], help="for hf: dtype of the weights")
+    export.add_argument("--shard-size", metavar="SIZE", help="for hf: maximum size of a weights file, such as 2GB")
+    export.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     _add_fields(export, ("trust_remote_code",))
 
-    bench = add("bench", "MODEL... [flags]", "compares models' speed, memory and size on this machine")
+    bench = add("bench", "MODEL... [flags]", "compares the speed, memory and size of models on this machine")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="run, model or ONNX folder, .gguf file, or hub id")
-    bench.add_argument("--runtime", metavar="torch|llama.cpp|onnx", help="refuse models that are for another")
-    bench.add_argument("--prompt", metavar="N", default="128", help="tokens to read (default: 128)")
+    bench.add_argument("--runtime", metavar="torch|llama.cpp|onnx", help="accept only models for this runtime")
+    bench.add_argument("--prompt", metavar="N", default="128", help="prompt tokens to read (default: 128)")
     bench.add_argument("--new", metavar="N", default="64", help="tokens to generate (default: 64)")
-    bench.add_argument("--json", action="store_true", help="print numbers for programs")
+    bench.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_fields(bench, ("trust_remote_code",))
 
-    evaluate = add("eval", "MODEL... [--tasks NAMES] [--text FILE] [flags]", "scores models in tasks and on text")
+    evaluate = add("eval", "MODEL... [--tasks NAMES] [--text FILE] [flags]", "scores models on tasks and on text")
     evaluate.add_argument("models", metavar="MODEL", nargs="+", help="run folder, model folder or hub id")
     evaluate.add_argument(
         "--tasks",
         metavar="NAMES",
-        help="tasks with commas between them; commonsense is the paper's eight (default, if there is no --text)",
+        help="comma-separated tasks; commonsense is the paper's eight (default without --text)",
     )
-    evaluate.add_argument("--data-dir", metavar="DIR", help="local files of the tasks (default: the hub's data sets)")
     evaluate.add_argument(
-        "--text", metavar="FILE", action="append", default=[], help="text for perplexity and bits per byte (repeat)"
+        "--data-dir", metavar="DIR", help="folder with local files of the tasks (default: the hub's data sets)"
     )
-    evaluate.add_argument("--limit", metavar="N", help="first items of each task, and documents of each text, alone")
-    evaluate.add_argument("--batch-size", metavar="N", default="16", help="rows of a forward pass (default: 16)")
     evaluate.add_argument(
-        "--out", dest="results", metavar="JSON", help="file for everything, with errors, versions and hardware"
+        "--text",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="text to compute perplexity and bits per byte on (repeatable)",
     )
-    evaluate.add_argument("--overwrite", action="store_true", help="replace --out")
+    evaluate.add_argument(
+        "--limit", metavar="N", help="score only the first N items of each task and documents of each text"
+    )
+    evaluate.add_argument("--batch-size", metavar="N", default="16", help="rows per forward pass (default: 16)")
+    evaluate.add_argument(
+        "--out", dest="results", metavar="JSON", help="file to write all results to, with errors, versions and hardware"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     _add_fields(evaluate, ("text_field", "txt_split", "trust_remote_code"))
 
     compare = add("compare", "RUN... [--out FILE] [--overwrite]", "shows runs side by side, from their folders")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not")
-    compare.add_argument("--out", metavar="FILE", help="the table as .md, or everything as .json")
-    compare.add_argument("--overwrite", action="store_true", help="replace --out")
+    compare.add_argument("--out", metavar="FILE", help="file to write: the table as .md, or everything as .json")
+    compare.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+    doctor = add("doctor", "[--json]", "shows whether a run would work here, and what this machine has")
+    doctor.add_argument("--json", action="store_true", help="print it for programs")
+
+    completion = add("completion", "SHELL", "prints a script that completes verbs, flags and values in a shell")
+    completion.add_argument("shell", metavar="bash|zsh|fish", help="which shell")
 
     push = add("push", "RUN HUB/NAME [--private]", "uploads the model of a finished run to the Hugging Face hub")
     push.add_argument("run", metavar="RUN", help="run folder, or a model folder")
@@ -257,6 +273,8 @@ def _default(name: str) -> str:
 
 
 def _add_config(parser: Parser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="file with values for any of these flags; flags win")
-    parser.add_argument("--print-config", action="store_true", help="print what the flags and the file make, and leave")
+    parser.add_argument(
+        "--config", metavar="YAML", help="YAML file with values for any of these flags; flags take precedence"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("--print_config", action="store_true", help=argparse.SUPPRESS)  # as it was spelled

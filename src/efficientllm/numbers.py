@@ -34,7 +34,7 @@ def parse_count(text: str | int, name: str = "number") -> int:
     """Returns the whole number that `text` stands for: digits with an optional k, M, B or G, T or Ki, Mi, Gi.
 
     Raises:
-        ConfigError: if the text is no number, has another suffix, or is not whole.
+        ConfigError: if the text is not a number, has another suffix, or is not whole.
     """
     stripped = str(text).strip().replace("_", "")
     digits = stripped.rstrip("kKMBTGi")
@@ -44,7 +44,7 @@ def parse_count(text: str | int, name: str = "number") -> int:
         whole = int(value)
     except (InvalidOperation, KeyError, ValueError, OverflowError):
         raise ConfigError(
-            f"{name}: '{text}' is not a number; write digits with an optional k, M, B or G, T (decimal) or Ki, Mi, Gi"
+            f"{name}: '{text}' is not a number; write digits, optionally with k, M, B or G, T (decimal) or Ki, Mi, Gi"
         ) from None
     if value != whole:
         raise ConfigError(f"{name}: '{text}' is not a whole number")
@@ -55,7 +55,7 @@ def parse_bytes(text: str | int, name: str = "bytes") -> int:
     """Returns the whole number of bytes that `text` stands for: digits with an optional kB, MB, GB or KiB, MiB, GiB.
 
     Raises:
-        ConfigError: if the text is no number, or has another suffix: in 120M the M may be of parameters.
+        ConfigError: if the text is not a number, or has another suffix: in 120M the M may be of parameters.
     """
     stripped = str(text).strip().replace("_", "")
     digits = stripped.rstrip("kKMGiB")
@@ -63,9 +63,14 @@ def parse_bytes(text: str | int, name: str = "bytes") -> int:
         return int(Decimal(digits) * BYTE_SUFFIXES[stripped[len(digits) :]])
     except (InvalidOperation, KeyError, ValueError, OverflowError):
         raise ConfigError(
-            f"{name}: '{text}' is no number of bytes; write digits with an optional kB, MB, GB (decimal) or KiB, MiB, "
-            "GiB, such as 120MB"
+            f"{name}: '{text}' is not a number of bytes; write digits, optionally with kB, MB, GB (decimal) or KiB, "
+            "MiB, GiB, such as 120MB"
         ) from None
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number and what it counts, in the singular or plural: 1 thread, 2,048 threads."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_count(value: float) -> str:

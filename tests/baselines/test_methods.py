@@ -339,7 +339,7 @@ def test_depth_leaves_the_most_layers_that_fit(tmp_path: Path) -> None:
     for target, expected in ((sizes[0], 1), (sizes[2] - 1, 2), (sizes[2], 3), (sizes[3] + 1, 4), (sizes[4], 5)):
         assert num_layers_left(RunConfig(target_params=target), source) == expected
     for target in (sizes[0] - 1, sizes[4] + 1):
-        with pytest.raises(BudgetError, match="--method depth can leave"):
+        with pytest.raises(BudgetError, match="--method depth can reach"):
             num_layers_left(RunConfig(target_params=target), source)
 
 
@@ -373,7 +373,7 @@ def given(**values: Any) -> RunConfig:
         ),
         ({"target_params": 9, "prune_tokens": 9, "allocation": "global"}, ["--allocation", "efficientllm"]),
         ({"target_params": 9, "prune_tokens": 9, "shape_of": "r"}, ["--shape-of", "efficientllm"]),
-        ({"method": "mask-only", "target_params": 9}, ["--prune-tokens", "sets the pace"]),
+        ({"method": "mask-only", "target_params": 9}, ["--prune-tokens", "must set the pace"]),
         ({"method": "one-shott", "target_params": 9}, ["did you mean one-shot?"]),
     ],
 )

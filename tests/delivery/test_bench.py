@@ -87,7 +87,7 @@ def test_every_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     [
         ("", ["MODEL is missing"]),
         ("m --runtime tensorrt", ["--runtime tensorrt", "did you mean"]),
-        ("m --runtime llama.cpp", ["is a model for torch", "export --to gguf"]),
+        ("m --runtime llama.cpp", ["this model is for torch", "export --to gguf"]),
         ("m --prompt 0", ["--prompt 0"]),
         ("m --prompt 60 --new 5", ["65 tokens", "its context is 64"]),
         ("nowhere.gguf", ["nowhere.gguf", "no such file"]),

@@ -26,7 +26,7 @@ def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = "the inn in the hen"
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(tmp_path / "m")(text)
     assert (out / "README.md").read_text() == "a card"
-    assert "1 files, bf16" in capsys.readouterr().out
+    assert "1 file, bf16" in capsys.readouterr().out
 
 
 def test_shards(tmp_path: Path) -> None:

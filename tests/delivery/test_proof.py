@@ -29,7 +29,7 @@ def test_what_differs_is_counted() -> None:
     comparison = compare(found, reference, [[1, 1, 1, 1]])
     assert (comparison.difference, comparison.agreement) == (2.0, 0.75)  # of the largest logit; of four tokens
     assert comparison.perplexity > 100 * comparison.reference
-    assert "same likeliest token 75.0%" in str(comparison)
+    assert "same most likely token 75.0%" in str(comparison)
 
 
 def test_rows_fit_the_context() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,7 +59,7 @@ def test_every_engine_prunes_as_one_process_does(num_ranks: int, engines: str, f
     for case, found in results.items():
         assert found["removals"] > 25 and found["same_removals"], case
         # norms compute in float32 whatever the weights are: a sum in another order may flip a rounding there
-        name = case.split()[1]
+        name = next(word for word in case.split() if word in FAMILIES)
         flips = FAMILIES[name].half_gelu or (FAMILIES[name].norms == "heads" and " B" in case)
         assert found["loss"] < 1e-5 and found["weights"] < (1e-5 if flips else 1e-10), case
     kinds = {kind for found in results.values() for kind in found["kinds"]}
@@ -177,7 +178,7 @@ def test_compiled_on_two_ranks(corpus: Path, one_process: Path, tmp_path: Path) 
     out = tmp_path / "run"
     done = torchrun(2, "-m", "efficientllm", *words_of(corpus, out), "--engine", "fsdp", "--compile")
     assert done.returncode == 0, errors_of(done.stderr)
-    assert "graphs were compiled" in done.stdout
+    assert re.search(r"compiled \d+ graphs", done.stdout)
     check_equal(out, one_process)
 
 
@@ -208,7 +209,7 @@ def test_a_restart_does_not_take_over_a_folder_that_was_refused(corpus: Path, on
     before = {file: file.read_bytes() for file in one_process.rglob("*") if file.is_file()}
     command = torchrun_command(2, "-m", "efficientllm", *words_of(corpus, one_process), restarts=1)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode != 0 and done.stderr.count("exists; add --resume to go on with it") == 2  # both attempts
+    assert done.returncode != 0 and done.stderr.count("exists; add --resume to continue it") == 2  # both attempts
     assert {file: file.read_bytes() for file in one_process.rglob("*") if file.is_file()} == before
 
 

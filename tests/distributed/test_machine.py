@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from efficientllm.config.run_config import RunConfig
-from efficientllm.distributed.device import default_precision, default_threads, physical_cores
+from efficientllm.distributed.device import default_precision, default_threads
 from efficientllm.distributed.engine import Engine
+from efficientllm.distributed.host import physical_cores
 from efficientllm.errors import TrainingError
 from efficientllm.models.load import empty_model, load_model
 from efficientllm.pruning import LinearPace, Pruner
@@ -70,7 +71,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path:
     """Oracle: the run that was given the smaller micro-batch; both do the same sums in the same order."""
     done = limited(1.5, tmp_path, tmp_path / "halved", micro_batch_size="256")
     assert done.returncode == 0, done.stderr[-3000:]
-    sizes = re.findall(r"out of memory with \d+ rows of 128 tokens a pass; going on with (\d+)", done.stdout)
+    sizes = re.findall(r"out of memory with \d+ rows? of 128 tokens per pass; continuing with (\d+)", done.stdout)
     assert sizes
     plain = limited(20, tmp_path, tmp_path / "given", micro_batch_size=sizes[-1])
     assert plain.returncode == 0 and "out of memory" not in plain.stdout
@@ -85,16 +86,16 @@ def test_a_rank_that_runs_out_of_memory_tells_it(tmp_path: Path) -> None:
     done = limited(0.6, tmp_path, tmp_path / "run", launch, micro_batch_size="128")
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "efficientllm: error: rank 1 is out of memory" in line]
-    assert "go on with --micro-batch-size 64" in line and "--resume" in line
+    assert "continue with --micro-batch-size 64" in line and "--resume" in line
 
 
 def test_a_row_that_does_not_fit_is_told() -> None:
     trainer = make_trainer(micro_batch_size=3)  # of 8 rows: 1 divides both
     with pytest.raises(
-        TrainingError, match="out of memory with 1 rows of 32 tokens a pass; take --activation-checkpointing full or"
+        TrainingError, match="out of memory with 1 row of 32 tokens per pass; use --activation-checkpointing full or"
     ):
         trainer._halve(8)
-    with pytest.raises(TrainingError, match="or leave --distill out"):
+    with pytest.raises(TrainingError, match="or remove --distill"):
         make_trainer(micro_batch_size=3, distill="source")._halve(8)
 
 

@@ -290,7 +290,7 @@ def test_eval_writes_everything(files: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["eval", str(DEMO_MODEL), str(run), *flags]) == 0
     shown = capsys.readouterr().out
     assert "mean of 7" in shown and "ARC-c" in shown and "--limit 5" in shown and "bits per byte" in shown
-    assert "none is of the size of these" in shown and "quoted:" not in shown
+    assert "none is near the size of these" in shown and "quoted:" not in shown
     found = json.loads(out.read_text())
     assert set(found["versions"]) >= {"lm_eval", "torch", "transformers", "datasets", "efficientllm"}
     assert "--limit 5" in found["command"] and found["hardware"]["threads"] >= 1
@@ -321,23 +321,23 @@ def test_the_papers_rows_of_the_same_size() -> None:
     ("arguments", "words"),
     [
         ("", ["MODEL is missing"]),
-        ("M --tasks pika", ["no task 'pika'", "did you mean piqa?", "commonsense"]),
+        ("M --tasks pika", ["unknown task 'pika'", "did you mean piqa?", "commonsense"]),
         ("M --tasks piqa --data-dir nowhere", ["--data-dir nowhere", "no such folder", "piqa_valid.jsonl"]),
         ("M --tasks boolq --data-dir D", ["no boolq_valid.jsonl in --data-dir D"]),
-        ("M --tasks arc_easy --data-dir D", ["arc_easy_test.jsonl, line 2", "gold is 7", "mend or remove"]),
+        ("M --tasks arc_easy --data-dir D", ["arc_easy_test.jsonl, line 2", "gold is 7", "fix or remove"]),
         ("M --tasks piqa --data-dir D", ["piqa_valid.jsonl, line 1", "no field 'gold'"]),
         ("M --tasks hellaswag --data-dir D", ["hellaswag_val.jsonl: empty"]),
         ("M --tasks mmlu --data-dir D", ["mmlu_test.jsonl", "no task mmlu_alchemy"]),
-        ("M --text t.txt --data-dir D", ["--data-dir D is for tasks"]),
+        ("M --text t.txt --data-dir D", ["--data-dir D is used only with tasks"]),
         ("M --text nowhere.txt", ["'nowhere.txt' does not exist"]),
         ("M --text D/blank.txt", ["D/blank.txt: empty"]),
         ("M --limit 0", ["--limit 0 is below 1"]),
         ("M --batch-size many", ["--batch-size", "'many' is not a number"]),
         ("M M --text t.txt", ["eval M: named twice"]),
-        ("D --text t.txt", ["eval D: holds neither model/"]),
+        ("D --text t.txt", ["eval D: has neither model/"]),
         ("./nowhere --text t.txt", ["no such folder"]),
         ("M --text t.txt --out t.txt", ["--out t.txt exists", "--overwrite"]),
-        ("M --text t.txt --out D --overwrite", ["--out D: is a folder"]),
+        ("M --text t.txt --out D --overwrite", ["--out D is a folder"]),
         ("M --text t.txt --out t.txt/r.json", ["cannot be written"]),
     ],
 )
@@ -370,4 +370,4 @@ def test_without_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["eval", str(DEMO_MODEL), "--tasks", "winogrande"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--tasks winogrande: the hub gave no data" in line and "--data-dir" in line
+    assert "--tasks winogrande: the hub returned no data" in line and "--data-dir" in line

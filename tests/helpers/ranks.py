@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -147,14 +148,22 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
     results: dict[str, Any] = {}
     ranks = DDP(CPU)  # the ranks meet
     folder = Path(shared_folder(ranks))
+
+    def one_process(work: Callable[..., dict[str, Any]], *args: Any, **more: Any) -> dict[str, Any]:
+        """What one process gives: the main rank asks it, and the others need not."""
+        return work(Engine(CPU), *args, **more) if ranks.is_main else {}
+
+    def check(case: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+        if ranks.is_main:
+            results[case] = compare(expected, found)
+            out.write_text(json.dumps(results, indent=1))
+
     for name in names:
         for compensate in (False, True):
-            expected = whole(Engine(CPU), name, compensate)
+            expected = one_process(whole, name, compensate)
             for kind in engines:
                 found = whole(make_engine(kind), name, compensate)
-                if ranks.is_main:
-                    results[f"{kind} {name} {'B' if compensate else 'A'}"] = compare(expected, found)
-                    out.write_text(json.dumps(results, indent=1))
+                check(f"{kind} {name} {'B' if compensate else 'A'}", expected, found)
             if name != names[0] or compensate:
                 continue
             # what the rest of a run can be asked for, at once; F needs the same rows in every micro-batch of all ranks
@@ -164,35 +173,30 @@ def main(out: Path, engines: list[str], names: list[str]) -> None:
                 "scored_layers": "all",
                 "activation_checkpointing": "selective",
             }
-            expected_more = whole(Engine(CPU), name, True, **more)
+            expected_more = one_process(whole, name, True, **more)
             for kind in engines:
-                results[f"{kind} {name} fisher"] = compare(expected_more, whole(make_engine(kind), name, True, **more))
+                check(f"{kind} {name} fisher", expected_more, whole(make_engine(kind), name, True, **more))
             per_layer = {"layout": "per-layer", "activation_checkpointing": "full"}
-            alone_per_layer = {each: whole(Engine(CPU), name, each, **per_layer) for each in (False, True)}
+            expected_layers = {each: one_process(whole, name, each, **per_layer) for each in (False, True)}
             for kind in engines:
                 found = whole(make_engine(kind), name, True, **per_layer)
-                results[f"{kind} {name} per-layer B"] = compare(alone_per_layer[True], found)
+                check(f"{kind} {name} per-layer B", expected_layers[True], found)
                 found = moved(make_engine(kind), make_engine(kind), name, folder / f"layers-{kind}", **per_layer)
-                results[f"{kind} {name} per-layer A, resumed"] = compare(alone_per_layer[False], found)
+                check(f"{kind} {name} per-layer A, resumed", expected_layers[False], found)
             for method in ONE_SHOT:
-                expected_at_once = one_shot(Engine(CPU), name, method)
+                expected_method = one_process(one_shot, name, method)
                 for kind in engines:
-                    results[f"{kind} {name} {method}"] = compare(
-                        expected_at_once, one_shot(make_engine(kind), name, method)
-                    )
+                    check(f"{kind} {name} {method}", expected_method, one_shot(make_engine(kind), name, method))
             taught = {"distill": "source", "distill_temperature": 2.0, "distill_hidden": 0.3}
-            expected_taught = whole(Engine(CPU), name, False, **taught)
+            expected_taught = one_process(whole, name, False, **taught)
             for kind in engines:
-                results[f"{kind} {name} taught"] = compare(
-                    expected_taught, whole(make_engine(kind), name, False, **taught)
-                )
+                check(f"{kind} {name} taught", expected_taught, whole(make_engine(kind), name, False, **taught))
             for kind in engines:
                 # one process is every rank by itself, each with a folder of its own
                 own = folder / f"{kind}-{name}-{ranks.rank}"
-                results[f"{kind} to one {name}"] = compare(
-                    expected, moved(make_engine(kind), Engine(CPU), name, folder / f"{kind}-{name}")
-                )
-                results[f"one to {kind} {name}"] = compare(expected, moved(Engine(CPU), make_engine(kind), name, own))
+                found = moved(make_engine(kind), Engine(CPU), name, folder / f"{kind}-{name}")
+                check(f"{kind} to one {name}", expected, found)
+                check(f"one to {kind} {name}", expected, moved(Engine(CPU), make_engine(kind), name, own))
     results["disagreement"] = {"error": disagreement(ranks)}
     results["bf16"] = half_precision()
     results["bf16 taught"] = half_precision(distill="source", distill_hidden=0.3)

@@ -147,21 +147,21 @@ def other_shape(folder: Path) -> None:
 UNREADABLE: list[tuple[Callable[[Path], None], str]] = [
     (missing, "no such folder"),
     (a_file, "is a file"),
-    (not_a_model, "not a model, it holds no config.json"),
+    (not_a_model, "not a model folder (it has no config.json)"),
     (a_run_folder, "did you mean"),
     (broken_config, "broken config.json"),
     (typeless, "names no model_type"),
     (quantised, "quantised (gptq)"),
     (unknown_family, "llamoid"),
-    (encoder, "BertForMaskedLM is no decoder"),
+    (encoder, "BertForMaskedLM is not a decoder"),
     (encoder_decoder, "encoder-decoder"),
     (impossible_sizes, "cannot be "),
 ]
 WITHOUT_GOOD_WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
-    (pickle_only, "only as pickle (pytorch_model.bin)"),
+    (pickle_only, "are a pickle (pytorch_model.bin)"),
     (weightless, f"no {WEIGHTS}"),
-    (truncated, f"{WEIGHTS} is truncated or broken"),
-    (truncated_in_the_header, f"{WEIGHTS} is truncated or broken"),
+    (truncated, f"{WEIGHTS} is truncated or corrupt"),
+    (truncated_in_the_header, f"{WEIGHTS} is truncated or corrupt"),
     (lost_shard, "model-00001-of-00002.safetensors is missing"),
     (lost_tensor, "'model.layers.1.mlp.up_proj.weight' is missing"),
     (other_shape, "has shape (32, 48), config.json asks for (32, 40)"),
@@ -269,7 +269,7 @@ def test_the_unspoilt_model_is_taken(verb: str, model: Path, capsys: pytest.Capt
 
 def test_weights_too_many_are_left_out_with_a_warning(model: Path) -> None:
     edit_weights(model, lambda weights: weights.update(extra=torch.zeros(2)))
-    with pytest.warns(UserWarning, match="1 weights .* 'extra'"):
+    with pytest.warns(UserWarning, match="ignored 1 weight .* 'extra'"):
         loaded = load_model(str(model))
     assert "extra" not in loaded.state_dict()
 

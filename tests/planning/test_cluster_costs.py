@@ -510,7 +510,7 @@ def test_a_mistake_about_gpus_is_one_line(
 def section(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", *arguments]) == 0
     printed = capsys.readouterr().out
-    return printed[printed.index("\nOn ") + 1 :]
+    return printed[printed.index("\nEstimate for ") + 1 :]
 
 
 def test_plan_prints_hours_memory_and_what_to_change(
@@ -523,10 +523,20 @@ def test_plan_prints_hours_memory_and_what_to_change(
     run = [str(tmp_path), "--target-params", "20M", "--prune-tokens", "1B", "--tokens", "3B"]
     gpu = ["--flops", "100T", "--bandwidth", "10G", "--gpu-memory", "800M"]
     printed = section(capsys, *run, "--gpus", "2", *gpu)
-    for word in ("pruning", "after it", "in all", "GPU-hours", "source", "end", "bound by", "fsdp bf16", "ddp float32"):
+    for word in (
+        "pruning",
+        "afterwards",
+        "total",
+        "GPU-hours",
+        "source",
+        "end",
+        "bound by",
+        "fsdp bf16",
+        "ddp float32",
+    ):
         assert word in printed
-    assert "no change" not in printed and "does not fit; it would with" in printed
-    table = printed[printed.index("Memory of each GPU") :]
+    assert "nor does any change" not in printed and "does not fit; it would with" in printed
+    table = printed[printed.index("Memory per GPU") :]
     assert max(len(line.rstrip()) for line in printed.splitlines() if not line.startswith("note:")) <= 80
     assert table.count("…") == 0
     ways = [re.split(" {2,}", line.strip())[0] for line in printed.splitlines() if line.startswith("  --")]

@@ -23,7 +23,7 @@ from efficientllm.training.teacher import pass_flops
 from helpers.memory import memory_of
 
 BATCH_TOKENS = 2**20
-# method.md section 4: tokens (B), heads, f, d of SmolLM-1.7B on its way, measured off the paper's figure
+# docs/method.md section 4: tokens (B), heads, f, d of SmolLM-1.7B on its way, measured off the paper's figure
 PUBLISHED = (
     (3.2, 28, 8162, 2048),
     (10, 27, 7501, 2048),

@@ -342,13 +342,14 @@ def test_rungs_that_exclude_one_another_are_refused_at_the_start() -> None:
     assert source["kv"] == 2 and source["query"] == 4 and higher > lower
     for target in (higher, lower):
         prune(model, target=target, limits=limits).close()
-    with pytest.raises(BudgetError, match=f"target {lower:,}: of those that can land on {higher:,} first, none"):
+    with pytest.raises(BudgetError, match=f"target {lower:,}: no legal shape .* once it has landed on {higher:,}"):
         prune(model, target=lower, save_at=[higher], limits=limits)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model, other = make_model("llama"), make_model("llama")
-    with pytest.raises(UnsupportedModelError, match=r"does not hold 'model.embed_tokens.weight' and \d+ more"):
+    match = r"does not hold \d+ parameters of this model, such as 'model.embed_tokens.weight'"
+    with pytest.raises(UnsupportedModelError, match=match):
         prune(model, adamw(other))
 
 

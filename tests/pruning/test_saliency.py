@@ -70,7 +70,7 @@ def test_fisher_is_the_second_order_change() -> None:
 
 
 def plain_scores(model: Any, scored: str, element: Any = lambda w, g: (w * g).abs()) -> dict[str, list[float]]:
-    """Mean element saliency of every unit of a bias-free Llama, by the words of method.md, one unit at a time."""
+    """Mean element saliency of every unit of a bias-free Llama, by the words of docs/method.md, one unit at a time."""
     layers, embed = model.model.layers, model.model.embed_tokens
     e = {key: element(p.data, p.grad) for key, p in model.named_parameters()}
     group = model.config.num_attention_heads // model.config.num_key_value_heads

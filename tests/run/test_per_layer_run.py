@@ -161,7 +161,7 @@ def test_families_without_room_are_refused_at_export_and_at_the_start(
     words[1] = str(tmp_path / "source")
     assert main([*words, "--layout", "per-layer", "--for", "q8_0"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    reason = "norm of queries and keys" if FAMILIES[name].norms else "deci, has"
+    reason = "no query and key norms" if FAMILIES[name].norms else "deci, llama.cpp's only"
     assert reason in first and reason in second and "--layout uniform" in second
     assert sorted(tmp_path.iterdir()) == there
 

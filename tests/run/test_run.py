@@ -21,7 +21,7 @@ from efficientllm.cli import main
 from efficientllm.config.command_line import program
 from efficientllm.data.corpus import open_corpus
 from efficientllm.data.loader import batches, mixture
-from efficientllm.distributed.device import physical_cores
+from efficientllm.distributed.host import physical_cores
 from efficientllm.run.folder import continued, new_folder, stored_config
 from efficientllm.run.signals import Interruption, exit_on_sigterm
 from helpers.paths import DEMO_MODEL
@@ -98,7 +98,7 @@ def test_signal_saves_and_resume_ends_with_the_same_bytes(finished: Path, data: 
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert f"go on with: {program()} prune --resume --out {out}" in output
+    assert f"continue with: {program()} prune --resume --out {out}" in output
     assert not (out / "model").exists()
     process = start(["prune", "--resume", "--out", str(out)])
     output, errors = process.communicate(timeout=240)
@@ -205,7 +205,7 @@ def test_more_tokens_go_on_from_before_the_decay(
 def test_shards_belong_to_fsdp(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = arguments(data, tmp_path / "run", shards="2")
     assert main([*words, "--engine", "ddp"]) == 2
-    assert "--shards 2 is for --engine fsdp" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "--shards 2 needs --engine fsdp" in capsys.readouterr().err and not (tmp_path / "run").exists()
     was = replace(stored_config(finished), engine="fsdp", shards=2)
     assert continued(replace(was, engine="ddp"), was).shards is None  # given for the engine that the run leaves
     assert continued(replace(was, threads=1), was).shards == 2
@@ -217,7 +217,10 @@ def test_what_has_no_effect_here_is_told(data: Path, tmp_path: Path, capsys: pyt
     assert main(arguments(data, tmp_path / "run", shards="2", threads=str(threads), **few)) == 0
     torch.set_num_threads(before)
     said = " ".join(capsys.readouterr().out.split())
-    assert "--shards 2: this is one process" in said and f"--threads {threads}: this process may run on" in said
+    assert (
+        "--shards 2 is ignored in a single process" in said
+        and f"--threads {threads}: this process may use only" in said
+    )
 
 
 def test_target_equal_to_the_source_is_plain_training(data: Path, tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     skipped = [row["skipped"] for row in rows(out / "metrics.jsonl")]
     assert max(skipped) >= 4
     assert not (out / "model").exists()
-    assert "no checkpoint had been written yet; begin anew" in error
+    assert "no checkpoint has been written yet; start again" in error
 
 
 def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
@@ -269,7 +272,7 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "free space" in errors and "Traceback" not in errors
+    assert "free up space" in errors and "Traceback" not in errors
     assert not list((tmp_path / "full/checkpoints").glob("step-*"))
 
 
@@ -282,7 +285,7 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"target_params": "half"}, ["half", "not a number"]),
         ({"tokens": "1024"}, ["--prune-tokens", "above --tokens"]),
         ({"batch_tokens": "500"}, ["--batch-tokens", "multiple"]),
-        ({"batch_tokens": "64Mi", "tokens": "64Mi", "prune_tokens": "64Mi"}, ["fewer than one batch"]),
+        ({"batch_tokens": "64Mi", "tokens": "64Mi", "prune_tokens": "64Mi"}, ["less than one batch"]),
         ({"text_field": "body"}, ["body"]),
         ({"valid": "missing.jsonl"}, ["missing.jsonl"]),
         ({"seq_len": "1024", "batch_tokens": "2048"}, ["max_position_embeddings"]),
@@ -342,7 +345,7 @@ def test_a_run_goes_on_when_its_text_is_gone(finished: Path, data: Path, tmp_pat
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     text.unlink()
-    command = output.splitlines()[-1].partition("go on with: ")[2]
+    command = output.splitlines()[-1].partition("continue with: ")[2]
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert result_bytes(out) == result_bytes(finished)

@@ -13,22 +13,10 @@ from pathlib import Path
 import pytest
 
 from efficientllm.cli import main
+from efficientllm.space.families import FAMILIES
 from helpers.paths import SHARED
 
 CONFIGS = SHARED / "data/configs"
-SUPPORTED = {
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "phi3",
-    "olmo2",
-    "granite",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-}
 SIZES = {  # all differ, and Mistral takes any hidden size
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -112,7 +100,7 @@ def test_inspect_fits_the_terminal(columns: int, tmp_path: Path) -> None:
     assert not any("…" in line for line in lines)
 
 
-@pytest.mark.skipif(not CONFIGS.exists(), reason="needs the real configs of /work/shared")
+@pytest.mark.skipif(not CONFIGS.exists(), reason="no shared configs")
 def test_inspect_takes_real_configs_or_refuses_them_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +109,7 @@ def test_inspect_takes_real_configs_or_refuses_them_in_one_line(
         folder.mkdir()
         shutil.copy(file, folder / "config.json")
         raw = json.loads(file.read_text())
-        if raw["model_type"] in SUPPORTED:
+        if raw["model_type"] in FAMILIES:
             assert main(["inspect", str(folder)]) == 0, file.name
             out, err = capsys.readouterr()
             assert f"{raw['hidden_size']:,}" in out and raw["model_type"] in out and err == "", file.name

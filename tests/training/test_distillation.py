@@ -310,7 +310,7 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
         ({"max_position_embeddings": 32}, [], ["max_position_embeddings 32", "--seq-len 64"]),
         ({"hidden_size": 48}, ["--distill-hidden", "1"], ["--distill-hidden", "has 48 where", "has 96"]),
         ({"model_type": "gpt2"}, [], ["gpt2"]),
-        (None, ["--distill-weight", "1.5"], ["--distill-weight 1.5 is outside 0 to 1"]),
+        (None, ["--distill-weight", "1.5"], ["--distill-weight 1.5 is not between 0 and 1"]),
         (None, ["--distill-temperature", "0"], ["--distill-temperature 0.0 is not above 0"]),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_teacher_that_does_not_fit_is_refused_and_nothing_written(
 
 def test_flags_of_a_teacher_need_one(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words_of(data, tmp_path / "out", "--distill-hidden", "1")) == 2
-    assert "--distill-hidden 1.0 has no effect without --distill" in capsys.readouterr().err
+    assert "--distill-hidden 1.0 is used only with --distill" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--distill-weight", "0.3"], ["--distill", "elsewhere"]])

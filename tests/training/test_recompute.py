@@ -111,5 +111,5 @@ def test_large_sources_compute_again_on_a_cpu_and_what_yaml_says_otherwise() -> 
     assert {default_checkpointing(*each) for each in others} == {"none"}
     told = [from_dict({"activation-checkpointing": value}).activation_checkpointing for value in (True, False, "none")]
     assert told == ["full", None, "none"]  # the flag without a value, and no flag
-    with pytest.raises(ConfigError, match="is not a single text"):
+    with pytest.raises(ConfigError, match="is not a single string"):
         from_dict({"method": True})

@@ -124,10 +124,10 @@ def test_a_jump_after_a_removal_is_told_once() -> None:
     noise = [2.0 + 0.01 * (n % 3) for n in range(30)]
     quiet, loud = watch(), watch()
     for loss in noise:
-        assert not quiet.look(loss, 1.0, True) and not loud.look(loss, 1.0, True)
-    assert not quiet.look(2.5, 1.0, False)  # no removal before it
-    assert "--prune-tokens" in loud.look(2.5, 1.0, True)[0]
-    assert not loud.look(3.5, 1.0, True)
+        assert not quiet.observe(loss, 1.0, True) and not loud.observe(loss, 1.0, True)
+    assert not quiet.observe(2.5, 1.0, False)  # no removal before it
+    assert "--prune-tokens" in loud.observe(2.5, 1.0, True)[0]
+    assert not loud.observe(3.5, 1.0, True)
 
 
 def test_an_exploding_gradient_is_told() -> None:
@@ -150,9 +150,9 @@ def test_a_floor_and_one_sided_removal_are_told() -> None:
 def test_watch_goes_on_from_its_state() -> None:
     one, other = watch(), watch()
     for n in range(30):
-        one.look(2.0 + 0.01 * (n % 3), 1.0, True)
+        one.observe(2.0 + 0.01 * (n % 3), 1.0, True)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert one.look(9.0, 1.0, True) == other.look(9.0, 1.0, True) != []
+    assert one.observe(9.0, 1.0, True) == other.observe(9.0, 1.0, True) != []
 
 
 def test_logs_are_cut_back_to_a_step(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     save_steps(tmp_path, range(1, 3), keep_before=0)
     for path in tmp_path.iterdir():
         (path / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="all 2"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(2 in all\)"):
         last_checkpoint(tmp_path)
 
 

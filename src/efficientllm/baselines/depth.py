@@ -17,7 +17,7 @@ def remove_layers_(
     """Removes the layers of least block influence from a model, in place, until `num_layers` are left; returns the log.
 
     Args:
-        whole: what `engine.wrap` has made of the model's twin, to look at.
+        whole: what `engine.wrap` has made of the model's twin, only to be read.
     """
     influences = block_influences(whole, batches, micro_batch_size, engine)
     params = sum(param.numel() for param in model.parameters())

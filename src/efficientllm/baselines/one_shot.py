@@ -19,7 +19,7 @@ from efficientllm.space.limits import Limits
 from efficientllm.training.size_target import Budget
 from efficientllm.training.trainer import Trainer
 
-Show = Callable[[int, int], None]  # of so many calibration batches, so many
+Show = Callable[[int, int], None]  # calibration batches done, and their total
 
 
 def remove_one_shot(trainer: Trainer, budget: Budget, show: Show) -> None:
@@ -53,7 +53,7 @@ def num_batches(config: RunConfig) -> int:
 
 
 def unit_scores(trainer: Trainer, batches: int, seen: Callable[[int], None]) -> Scores:
-    """Returns the saliency of every unit by the run's method, over the trainer's next batches if it looks at any."""
+    """Returns the saliency of every unit by the run's method, over the trainer's next batches if it uses any."""
     pruner, method = trainer.pruner, trainer.config.method
     if method == "random":
         return random_scores(pruner.space, trainer.config.seed)
@@ -88,5 +88,7 @@ def random_scores(space: Space, seed: int) -> Scores:
 
 def _whole(scores: Scores | None) -> Scores:
     if scores is None:
-        raise TrainingError("a calibration batch has no finite gradient; check the source's weights and the data")
+        raise TrainingError(
+            "the gradient of a calibration batch is not finite; check the source's weights and the data"
+        )
     return scores

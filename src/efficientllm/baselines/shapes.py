@@ -1,4 +1,4 @@
-"""Shapes that a run takes over or begins with: another run's (`--shape-of`), and the source with fewer layers."""
+"""Shapes that a run takes over or starts with: another run's (`--shape-of`), and the source with fewer layers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from efficientllm.config.run_config import RunConfig
 from efficientllm.errors import BudgetError, ConfigError
 from efficientllm.models.load import load_config, open_space
+from efficientllm.numbers import counted
 from efficientllm.space import Limits, Space
 from efficientllm.space.dims import KINDS, Shape
 
@@ -13,7 +14,7 @@ LAYER_LISTS = ("layer_types", "no_rope_layers")  # lists in a config with an ent
 
 
 def start_config(config: RunConfig) -> Any:
-    """Returns the transformers config of the model that training begins with: the source's, but for two methods.
+    """Returns the transformers config of the model that training starts with: the source's, but for two methods.
 
     Raises:
         UnsupportedModelError, ConfigError, BudgetError: as `load_config`, `other_config` and `num_layers_left`.
@@ -36,12 +37,14 @@ def other_config(config: RunConfig, vocab_size: int) -> Any:
     folder = Path(config.shape_of).expanduser()
     result = folder / "model"
     if (folder / "config.yaml").is_file() and not (result / "config.json").is_file():
-        raise ConfigError(f"--shape-of {config.shape_of}: this run has no result yet; finish it, then begin this one")
+        raise ConfigError(
+            f"--shape-of {config.shape_of}: that run has no result yet; finish it before you start this one"
+        )
     other = load_config(str(result) if result.is_dir() else config.shape_of, config.trust_remote_code)
     if other.vocab_size != vocab_size:
         raise ConfigError(
-            f"--shape-of {config.shape_of}: its vocabulary has {other.vocab_size} tokens, that of {config.model} "
-            f"{vocab_size}; name a shape with the same vocabulary"
+            f"--shape-of {config.shape_of}: its vocabulary has {other.vocab_size} tokens, but that of "
+            f"{config.model} has {vocab_size}; name a shape with the same vocabulary"
         )
     return other
 
@@ -54,21 +57,24 @@ def goal_shape(config: RunConfig, space: Space, limits: Limits) -> Shape:
     """
     found, of = other_config(config, space.vocab_size), f"--shape-of {config.shape_of}"
     if found.is_heterogeneous:
-        raise ConfigError(f"{of}: its layers differ in width, and what goes at once leaves all layers alike")
+        raise ConfigError(
+            f"{of}: its layers differ in width, but one-shot pruning leaves all layers alike; name a shape with "
+            "uniform layers"
+        )
     other = open_space(found, str(config.shape_of))
     goal, source = other.shape, limits.source
     for name, theirs, ours in (
-        ("layers", other.num_layers, space.num_layers),
-        ("entries a head", other.head_dim, space.head_dim),
+        ("number of layers", other.num_layers, space.num_layers),
+        ("head size", other.head_dim, space.head_dim),
     ):
         if theirs != ours:
-            raise ConfigError(f"{of}: it has {theirs} {name}, the source {ours}; only widths can be taken over")
+            raise ConfigError(f"{of}: its {name} is {theirs}, but the source's is {ours}; only widths may differ")
     for kind in KINDS:
         legal = limits.legal_sizes(kind, source[kind])
         if goal[kind] not in legal:
             raise ConfigError(
-                f"{of}: {kind} {goal[kind]} cannot be reached from the source's {source[kind]} (a multiple of "
-                f"{limits.tile[kind]} from {limits.floor[kind]} up can); lower --round-to or a floor"
+                f"{of}: {kind} {goal[kind]} cannot be reached from the source's {source[kind]} (legal: multiples "
+                f"of {limits.tile[kind]}, at least {limits.floor[kind]}); lower --round-to or a floor"
             )
     return goal
 
@@ -85,8 +91,8 @@ def num_layers_left(config: RunConfig, source: Any) -> int:
     whole = one + (depth - 1) * (two - one) if depth > 1 else one
     if target > whole or target < one:
         raise BudgetError(
-            f"--target-params {target:,}: --method depth can leave {one:,} (one layer) to {whole:,} parameters (all "
-            f"{depth} layers) of {config.model}; ask for a size between"
+            f"--target-params {target:,}: --method depth can reach {one:,} (one layer) to {whole:,} parameters (all "
+            f"{counted(depth, 'layer')}) of {config.model}; give a size in that range"
         )
     return 1 + (target - one) // (two - one) if depth > 1 else 1
 

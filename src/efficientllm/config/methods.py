@@ -46,7 +46,7 @@ METHODS = {
     "efficientllm": Method("gradual", "removes the least salient minimal group of parameters while it trains", GRADUAL),
     "mask-only": Method(
         "gradual",
-        "removes as efficientllm does and computes the source's shapes until the target",
+        "removes as efficientllm does, but computes at the source's shape until the target is reached",
         GRADUAL,
         compacts=False,
     ),
@@ -57,26 +57,26 @@ METHODS = {
     ),
     "one-shot-obs": Method(
         "one-shot",
-        "removes everything before the first step, by structured OBS with updates of the weights that stay",
+        "removes everything before the first step, by structured OBS that updates the remaining weights",
         (*ONE_SHOT, "calibration_tokens"),
         rounds=OBS_ROUNDS,
         compensates=True,
     ),
     "magnitude": Method(
         "one-shot",
-        "removes everything before the first step, by the mean square of weights",
+        "removes everything before the first step, by the mean square of the weights",
         (*ONE_SHOT, "scored_layers"),
     ),
     "activation": Method(
         "one-shot",
-        "removes everything before the first step, by the fluctuation of inputs times the weights that read them",
+        "removes everything before the first step, by the fluctuation of inputs, times the weights that read them",
         (*ONE_SHOT, "calibration_tokens"),
     ),
     "random": Method("one-shot", "removes random units before the first step", ONE_SHOT),
     "scratch": Method("initial", "trains fresh weights of another run's shape", ("shape_of", "layout")),
     "depth": Method(
         "initial",
-        "removes whole layers of least block influence before the first step",
+        "removes the whole layers with the least block influence before the first step",
         ("target_params", "prune_tokens", "calibration_tokens", "distill_hidden"),
     ),
 }
@@ -88,7 +88,7 @@ def card_words(name: str) -> str:
     if name == "efficientllm":
         return (
             "by pruning-aware pretraining ([EfficientLLM](https://arxiv.org/abs/2502.06663)): while the\n"
-            "model kept training, it lost one minimal group of parameters at a time, the one whose removal costs the "
-            "loss least."
+            "model kept training, it lost one minimal group of parameters at a time, each time the one whose removal "
+            "raised the loss least."
         )
-    return f"to compare with pruning-aware pretraining, by the method `{name}`, which {METHODS[name].does}."
+    return f"as a baseline for pruning-aware pretraining, by the method `{name}`, which {METHODS[name].does}."

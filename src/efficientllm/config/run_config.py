@@ -24,7 +24,7 @@ PACES = ("prune_tokens", "slot_steps", "removals_per_step")
 def _flag(
     default: Any, help: str, metavar: str | None = "N", choices: tuple[str, ...] = (), bare: str | None = None
 ) -> Any:
-    """A field and its flag; `bare` is what the flag means without a value, if it may stand so."""
+    """A field and its flag; `bare` is what the flag means without a value, if it may have none."""
     metadata = {"help": help, "metavar": "|".join(choices) or metavar, "choices": choices, "bare": bare}
     return field(default=default, metadata=metadata)
 
@@ -34,68 +34,81 @@ class RunConfig:
     """One `prune` run. Counts are plain integers; None means: derived from the model or the machine."""
 
     model: str = _flag("", "folder or hub id of the source model", "MODEL")
-    data: tuple[str, ...] = _flag((), "file, folder or hub data set, with =WEIGHT in a mixture (repeat)", "DATA")
-    target_params: int | None = _flag(None, "parameters to end with, such as 134M")
-    target_bytes: int | None = _flag(None, "bytes of the GGUF file to end with, such as 120MB; with --for", "SIZE")
-    for_type: str | None = _flag(None, "type of the GGUF file that the result is for", choices=GGUF_TYPES)
+    data: tuple[str, ...] = _flag((), "file, folder or hub data set, with =WEIGHT in a mixture (repeatable)", "DATA")
+    target_params: int | None = _flag(None, "target number of parameters, such as 134M")
+    target_bytes: int | None = _flag(None, "target size of the GGUF file, such as 120MB; needs --for", "SIZE")
+    for_type: str | None = _flag(None, "GGUF type that the result will be exported to", choices=GGUF_TYPES)
     out: str = _flag("", "run folder to write", "RUN")
-    prune_tokens: int | None = _flag(None, "pace: tokens of the pruning phase")
-    tokens: int = _flag(0, "all tokens of the run, the pruning phase included")
+    prune_tokens: int | None = _flag(None, "pace: number of tokens in the pruning phase")
+    tokens: int = _flag(0, "total tokens of the run, including the pruning phase")
     valid: str | None = _flag(None, "validation data (default: 0.5%% of the documents)", "DATA")
-    valid_tokens: int = _flag(1_000_000, "most tokens to validate on")
-    text_field: str = _flag("text", "field of a row that holds the text", "NAME")
-    txt_split: str = _flag("file", "what a document is in a .txt", choices=("line", "blank", "file"))
+    valid_tokens: int = _flag(1_000_000, "maximum number of validation tokens")
+    text_field: str = _flag("text", "field of each row that holds the text", "NAME")
+    txt_split: str = _flag("file", "what counts as a document in a .txt file", choices=("line", "blank", "file"))
     document_separator: str | None = _flag(
-        None, "token around a document (default: bos if there is one, else eos)", choices=("bos", "eos", "both", "none")
+        None,
+        "special tokens around each document (default: bos if it exists, else eos)",
+        choices=("bos", "eos", "both", "none"),
     )
-    seq_len: int = _flag(2048, "tokens of a row")
-    batch_tokens: int = _flag(2**20, "tokens of an optimizer step")
-    micro_batch_size: int | None = _flag(None, "rows of a forward pass (default: auto, the most that fit)")
-    lr: float | None = _flag(None, "peak learning rate (default: by the source's size)", "X")
-    seed: int = _flag(0, "seed of data order and initial weights")
+    seq_len: int = _flag(2048, "tokens per row")
+    batch_tokens: int = _flag(2**20, "tokens per optimizer step")
+    micro_batch_size: int | None = _flag(None, "rows per forward pass (default: auto, as many as fit)")
+    lr: float | None = _flag(None, "peak learning rate (default: depends on the source's size)", "X")
+    seed: int = _flag(0, "seed of data order, initial weights and sampling")
     init: str = _flag("pretrained", "weights to start from", choices=("pretrained", "scratch"))
-    method: str = _flag("efficientllm", "how the model becomes small (docs/methods.md)", choices=tuple(METHODS))
+    method: str = _flag("efficientllm", "how the model is made smaller (docs/methods.md)", choices=tuple(METHODS))
     allocation: str | None = _flag(
-        None, "what goes at once: the same ratio of every kind (default), or by saliency", choices=("uniform", "global")
+        None,
+        "what one-shot pruning removes: the same ratio of every kind (default), or by saliency",
+        choices=("uniform", "global"),
     )
-    shape_of: str | None = _flag(None, "run or model folder whose shape the result gets", "RUN")
-    calibration_tokens: int = _flag(2**17, "tokens looked at before anything goes at once")
+    shape_of: str | None = _flag(None, "run or model folder whose shape the result takes", "RUN")
+    calibration_tokens: int = _flag(2**17, "calibration tokens, read before one-shot pruning")
     distill: str | None = _flag(
-        None, "learn from a frozen teacher too: folder or hub id (without a value: the source)", "TEACHER", bare=SOURCE
+        None, "also learn from a frozen teacher: folder or hub id (without a value: the source)", "TEACHER", bare=SOURCE
     )
-    distill_weight: float = _flag(0.5, "share of the teacher in the loss, 0 to 1", "W")
-    distill_temperature: float = _flag(1.0, "of both models' distributions where they are compared", "T")
-    distill_hidden: float | None = _flag(None, "weight of the last hidden states' distance from the teacher's", "W")
-    compensate: bool = _flag(False, "second-order update of the weights that stay")
+    distill_weight: float = _flag(0.5, "teacher's share of the loss, 0 to 1", "W")
+    distill_temperature: float = _flag(1.0, "softmax temperature at which the two models are compared", "T")
+    distill_hidden: float | None = _flag(
+        None, "weight of the distance between the last hidden states and the teacher's", "W"
+    )
+    compensate: bool = _flag(False, "second-order update of the remaining weights")
     saliency: str = _flag(
         "taylor1",
         "taylor1: |w·g|; taylor2: with the diagonal Fisher's second-order term",
         choices=("taylor1", "taylor2"),
     )
     scored_layers: str = _flag(
-        "output", "matrices that are scored: those that write to the residual stream, or all", choices=("output", "all")
+        "output",
+        "which matrices are scored: those that write to the residual stream, or all",
+        choices=("output", "all"),
     )
-    layout: str = _flag("uniform", "per-layer: layers may end with different widths", choices=("uniform", "per-layer"))
-    score_ema: float = _flag(0.0, "moving average of the saliency, 0 to below 1", "X")
-    slot_steps: float | None = _flag(None, "pace: steps of a pruning slot")
-    removals_per_step: float | None = _flag(None, "pace: removals a step", "K")
+    layout: str = _flag(
+        "uniform", "per-layer: layers may end up with different widths", choices=("uniform", "per-layer")
+    )
+    score_ema: float = _flag(0.0, "moving average of the saliency, from 0 (off) to below 1", "X")
+    slot_steps: float | None = _flag(None, "pace: steps per pruning slot")
+    removals_per_step: float | None = _flag(None, "pace: removals per step", "K")
     round_to: int | None = _flag(
         None,
-        "multiple that the result's sizes have (default: auto, what --for needs, else 1 below 10M parameters or 64)",
+        "round the result's sizes to multiples of N (default: auto: what --for needs, else 1 below 10M parameters or "
+        "64)",
     )
-    min_ffn: int | None = _flag(None, "smallest feed-forward width of a layer")
-    min_hidden: int | None = _flag(None, "smallest hidden size")
-    min_kv: int | None = _flag(None, "fewest key-value heads of a layer")
-    save_at: tuple[int, ...] = _flag((), "size at which to save a model on the way (repeat)")
+    min_ffn: int | None = _flag(None, "minimum feed-forward width of a layer")
+    min_hidden: int | None = _flag(None, "minimum hidden size")
+    min_kv: int | None = _flag(None, "minimum number of key-value heads of a layer")
+    save_at: tuple[int, ...] = _flag((), "also save a model at this size on the way (repeatable)")
     engine: str | None = _flag(
-        None, "how ranks under torchrun share the model (default: by its size)", choices=("ddp", "fsdp")
+        None, "how ranks under torchrun share the model (default: depends on its size)", choices=("ddp", "fsdp")
     )
-    shards: int | None = _flag(None, "ranks that share one copy under fsdp (default: those of one machine)")
+    shards: int | None = _flag(
+        None, "ranks that share one copy of the model under fsdp (default: all ranks of one machine)"
+    )
     precision: str | None = _flag(
-        None, "of the products; weights stay float32 (default: bf16 on a GPU)", choices=("float32", "bf16")
+        None, "precision of matrix products; weights stay float32 (default: bf16 on a GPU)", choices=("float32", "bf16")
     )
-    compile: bool = _flag(False, "compile the layers (torch.compile), anew at every compaction")
-    threads: int | None = _flag(None, "threads of a process on a CPU (default: its physical cores)")
+    compile: bool = _flag(False, "compile the layers (torch.compile), again after every compaction")
+    threads: int | None = _flag(None, "threads per process on a CPU (default: its physical cores)")
     dtype: str | None = _flag(
         None, "dtype of the result's weights (default: the source's)", choices=("float32", "bf16", "fp16")
     )
@@ -103,13 +116,13 @@ class RunConfig:
     checkpoint_every: int | None = _flag(None, "steps between checkpoints")
     activation_checkpointing: str | None = _flag(
         None,
-        "what the backward pass computes again, to save memory: nothing, all but products and attention (default on a "
-        "CPU from 10M parameters), or whole layers (the flag without a value)",
+        "what the backward pass recomputes to save memory: nothing, all but products and attention (default on a CPU "
+        "from 10M parameters), or whole layers (the flag without a value)",
         choices=CHECKPOINTING,
         bare="full",
     )
-    log_to: str | None = _flag(None, "also log there", choices=("tensorboard", "wandb"))
-    trust_remote_code: bool = _flag(False, "run the code that comes with the model")
+    log_to: str | None = _flag(None, "also log to this service", choices=("tensorboard", "wandb"))
+    trust_remote_code: bool = _flag(False, "run the Python code that comes with the model")
 
 
 FIELDS = {each.name: each for each in fields(RunConfig)}
@@ -130,7 +143,7 @@ def known_keys(mapping: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """The mapping with field names for keys, dashes made underscores.
 
     Raises:
-        ConfigError: a key is no field, with the nearest one, or stands there twice.
+        ConfigError: a key is not a field (the nearest one is named), or is given twice.
     """
     named: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -151,7 +164,7 @@ def _scalar(name: str, kind: type, value: Any) -> Any:
             raise ConfigError(f"{flag_name(name)}: '{value}' is not true or false")
         return value
     if isinstance(value, bool | list | tuple | dict):
-        raise ConfigError(f"{flag_name(name)}: {value} is not a single {'text' if kind is str else 'number'}")
+        raise ConfigError(f"{flag_name(name)}: {value} is not a single {'string' if kind is str else 'number'}")
     if kind is int:
         return (parse_bytes if name == "target_bytes" else parse_count)(value, flag_name(name))
     if kind is str:
@@ -199,7 +212,7 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The fields that a YAML file sets, values as they stand there.
+    """The fields that a YAML file sets, values as written there.
 
     Raises:
         ConfigError: no such file, not YAML, no mapping, or an unknown key.
@@ -211,9 +224,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from None
+        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())}); fix it") from None
     if not isinstance(content or {}, dict):
-        raise ConfigError(f"--config {path}: holds a {type(content).__name__}; write one 'flag: value' a line")
+        raise ConfigError(f"--config {path}: holds a {type(content).__name__}; write one 'flag: value' per line")
     return known_keys(content or {}, f"--config {path}")
 
 

@@ -21,7 +21,7 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(
-            f"data {file}: broken or cut off {file.suffix} file ({error}); download or pack it again"
+            f"data {file}: corrupt or truncated {file.suffix} file ({error}); download or compress it again"
         ) from None
     except OSError as error:
         raise DataError(f"data {file}: cannot be read ({error.strerror or error}); check the file") from None

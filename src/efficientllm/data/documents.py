@@ -42,7 +42,7 @@ class DataSource:
 def parse_source(spec: str, is_read: bool = True) -> DataSource:
     """The source that `DATA` or `DATA=WEIGHT` names.
 
-    A spec that exists as a path is that path, whatever signs it holds.
+    A spec that exists as a path is that path, whatever characters it has.
 
     Args:
         is_read: whether it must be there, to be read; not where a run has its tokens already.
@@ -52,7 +52,7 @@ def parse_source(spec: str, is_read: bool = True) -> DataSource:
         DataError: the spec is empty, or is a path where nothing exists.
     """
     if not spec.strip():
-        raise DataError(f"data {spec!r}: nothing is named; give {READABLE}")
+        raise DataError(f"data {spec!r}: no path or name; give {READABLE}")
     location, weight = spec, 1.0
     if "=" in spec and not Path(spec).expanduser().exists():
         location, _, number = spec.rpartition("=")
@@ -97,7 +97,7 @@ def read_documents(
             found = True
             yield text
     if not found:
-        raise DataError(f"data {source.spec}: empty, it holds no document with text; give data with text")
+        raise DataError(f"data {source.spec}: empty, no document has text; give data with text")
 
 
 def _looks_like_path(location: str) -> bool:
@@ -141,9 +141,9 @@ def _jsonl_documents(file: Path, render: Render) -> Iterator[str | None]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: broken JSON ({error}); mend or remove the line") from None
+            raise DataError(f"{where}: invalid JSON ({error}); fix or remove the line") from None
         if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}, not a JSON object; write one object a line")
+            raise DataError(f"{where}: a {type(row).__name__}, not a JSON object; write one object per line")
         yield render(row, where)
 
 
@@ -159,7 +159,7 @@ def _parquet_documents(file: Path, render: Render) -> Iterator[str | None]:
                     number += 1
                     yield render(row, f"data {file}, row {number}")
     except pyarrow.ArrowException as error:
-        raise DataError(f"data {file}: broken parquet file ({_first_line(error)}); download it again") from None
+        raise DataError(f"data {file}: corrupt parquet file ({_first_line(error)}); download it again") from None
 
 
 def _txt_documents(file: Path, txt_split: str) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _hub_documents(source: DataSource, render: Render) -> Iterator[str | None]:
     except Exception as error:  # the hub's errors share no type
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DataError(
-            f"{where}: no such path, and the hub gave no data set ({reason}); check name:config:split"
+            f"{where}: no such path, and the hub returned no data set ({reason}); check name:config:split"
         ) from None
 
 
@@ -203,16 +203,20 @@ def _row_text(
         text = row[text_field]
     elif "messages" in row:
         if tokenizer is None or not tokenizer.chat_template:
-            raise DataError(f"{where}: has messages, but the tokenizer no chat template; use data with {text_field!r}")
+            raise DataError(
+                f"{where}: has messages, but the tokenizer has no chat template; use data with {text_field!r}"
+            )
         try:
             text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         except Exception as error:  # a template is a program: it may raise anything
-            raise DataError(f"{where}: the chat template refuses its messages ({_first_line(error)})") from None
+            raise DataError(
+                f"{where}: the chat template rejects its messages ({_first_line(error)}); fix or remove the row"
+            ) from None
     else:
         fields = ", ".join(row) or "none"
         raise DataError(f"{where}: no field {text_field!r}, found {fields}; name the text with --text-field")
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: {text_field!r} is {type(text).__name__}, not text; choose another --text-field")
+        raise DataError(f"{where}: {text_field!r} holds {type(text).__name__}, not text; choose another --text-field")
     if text is not None and not text.isascii():
         # JSON may escape half a surrogate pair, which no tokenizer takes
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from efficientllm.data.token_folder import TokenFolder
 from efficientllm.errors import ConfigError, DataError
+from efficientllm.numbers import counted
 
 if TYPE_CHECKING:
     import grain
@@ -26,7 +27,7 @@ def mixture(
 ) -> "grain.MapDataset[NDArray[np.int64]]":
     """An endless data set of rows, int64 (seq_len,), random access and the same for the same seed.
 
-    Every folder is shuffled anew each time it is used up. All rows are equally long, so `weights` are shares of tokens.
+    Every folder is reshuffled each time it is used up. All rows are equally long, so `weights` are shares of tokens.
     `include_valid` adds the held-out rows, for a run that validates on other data.
 
     Raises:
@@ -34,7 +35,10 @@ def mixture(
         ConfigError: no folder, or a weight that is not above 0.
     """
     if not parts or any(not weight > 0 for _, weight in parts):
-        raise ConfigError(f"a mixture of {len(parts)} sources needs at least one, each with a weight above 0")
+        raise ConfigError(
+            "a mixture needs at least one source, each with a weight above 0; found weights "
+            f"{[weight for _, weight in parts]}"
+        )
     grain = _grain()
     sources = []
     for number, (folder, _) in enumerate(parts):
@@ -42,7 +46,7 @@ def mixture(
         if not len(rows):
             tokens = folder.tokens + (folder.valid_tokens if include_valid else 0)
             raise DataError(
-                f"data {folder.spec}: {tokens} training tokens are less than one row of {seq_len}; "
+                f"data {folder.spec}: {counted(tokens, 'training token')}, less than one row of {seq_len}; "
                 "lower --seq-len or give more text"
             )
         sources.append(grain.MapDataset.source(rows).seed((seed + number) % 2**32).shuffle().repeat(None))
@@ -124,7 +128,7 @@ class Loader:
         return on_device(batches(self.rows, step * self.batch_rows, self.batch_rows, rank, num_ranks), device)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Returns how often each source has been gone through after so many steps, by its spec."""
+        """Returns how often each source has been gone through after that many steps, by its spec."""
         return {spec: per_row * steps * self.batch_rows for spec, per_row in self.epochs_per_row.items()}
 
 
@@ -134,7 +138,7 @@ def require_batch(folders: Sequence[TokenFolder], batch_tokens: int, *, include_
     if tokens < batch_tokens:
         names = ", ".join(folder.spec for folder in folders)
         raise DataError(
-            f"data {names}: {tokens} training tokens are fewer than one batch of {batch_tokens}; "
+            f"data {names}: {counted(tokens, 'training token')}, less than one batch of {batch_tokens}; "
             "lower --batch-tokens or give more text"
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientllm.numbers import format_count
+from efficientllm.numbers import counted, format_count
 
 
 def prepare_command(
@@ -38,7 +38,7 @@ def prepare_command(
         task = bar.add_task("reading")
 
         def show(documents: int, tokens: int) -> None:
-            bar.update(task, description=f"{documents:,} documents, {format_count(tokens)} tokens")
+            bar.update(task, description=f"{counted(documents, 'document')}, {format_count(tokens)} tokens")
 
         folder = prepare(
             sources,
@@ -50,5 +50,5 @@ def prepare_command(
             hold_out=True,
             progress=show,
         )
-    print(f"{out}: {folder.documents:,} documents, {folder.tokens:,} tokens, {folder.valid_tokens:,} held out")
+    print(f"{out}: {counted(folder.documents, 'document')}, {folder.tokens:,} tokens, {folder.valid_tokens:,} held out")
     return 0

@@ -116,7 +116,7 @@ def prepare(
             partial.rename(out)
     except OSError as error:
         raise DataError(
-            f"output folder {out}: cannot be written ({error.strerror or error}); free space or move"
+            f"output folder {out}: cannot be written ({error.strerror or error}); free up space or choose another"
         ) from None
     return open_tokens(out, spec=", ".join(source.spec for source in sources))
 
@@ -140,16 +140,18 @@ def open_tokens(path: Path, tokenizer: "PreTrainedTokenizerBase | None" = None, 
                 if found.shape != (size,) or found.dtype != np.dtype(folder.dtype):
                     raise ValueError(f"{split}-{number:05d}.npy has shape {found.shape}, not ({size},)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise DataError(f"token folder {path}: missing, truncated or not token shards ({error}); {again}") from None
+        raise DataError(
+            f"token folder {path}: token shards are missing, truncated or invalid ({error}); {again}"
+        ) from None
     if tokenizer is not None:
         try:
             expected = tokenizer_fingerprint(tokenizer, folder.separator)
         except ConfigError:
-            expected = "none: the tokenizer lacks the separator"
+            expected = ""  # it lacks the separator
         if expected != folder.fingerprint:
             raise DataError(
-                f"token folder {path}: shards of another tokenizer (fingerprint {folder.fingerprint[:12]}, "
-                f"the model's {expected[:12]}); {again} with --tokenizer set to the model"
+                f"token folder {path}: made with another tokenizer (fingerprint {folder.fingerprint[:12]}, "
+                f"the model's {expected[:12] or 'lacks the separator'}); {again} with --tokenizer set to the model"
             )
     return folder
 

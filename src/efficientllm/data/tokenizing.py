@@ -30,9 +30,10 @@ def separator_ids(tokenizer: "PreTrainedTokenizerBase", separator: str | None) -
     before = [bos] if separator in ("bos", "both") else []
     after = [eos] if separator in ("eos", "both") else []
     if None in before + after:
-        has = " and ".join(n for n, token in (("BOS", bos), ("EOS", eos)) if token is not None) or "neither BOS nor EOS"
+        has = " and ".join(n for n, token in (("BOS", bos), ("EOS", eos)) if token is not None) or "neither"
         raise ConfigError(
-            f"document separator {separator!r}: the tokenizer has {has} only; use another --document-separator"
+            f"document separator {separator!r}: of BOS and EOS the tokenizer has only {has}; use another "
+            "--document-separator"
         )
     return separator, before, after
 
@@ -59,9 +60,7 @@ def backend_copy(tokenizer: "PreTrainedTokenizerBase") -> Any:
 
     inside = getattr(tokenizer, "backend_tokenizer", None)
     if inside is None:
-        raise DataError(
-            f"{type(tokenizer).__name__} has no tokenizer.json behind it; use a model with a fast tokenizer"
-        )
+        raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; use a model with a fast tokenizer")
     backend = Tokenizer.from_str(inside.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -11,6 +11,7 @@ from pathlib import Path
 from efficientllm.delivery.child import in_child, peak_memory
 from efficientllm.errors import ConfigError
 from efficientllm.models.load import find_model, finished_model
+from efficientllm.numbers import counted
 
 ROUNDS = 3  # of which the median counts; one more, shorter, before them
 FASTER = 1.05  # times as many generated tokens a second; less is noise on most machines
@@ -42,7 +43,7 @@ class Speed:
 def bench(
     models: Sequence[str], *, runtime: str | None, prompt: int, new: int, as_json: bool, trust_remote_code: bool
 ) -> int:
-    """Prints the speed of each model, each in a process of its own, and how the others stand to the first.
+    """Prints the speed of each model, each in a process of its own, and how the others compare with the first.
 
     Raises:
         EfficientLLMError: a model is not there, or not one for that runtime.
@@ -87,7 +88,7 @@ def _find(model: str, runtime: str | None) -> tuple[str, str, list[Path]]:
         files = sorted(find_model(source, weights=True).glob("*.safetensors"))
     if runtime not in (None, kind):
         other = {"llama.cpp": "--to gguf", "onnx": "--to onnx", "torch": "--to hf"}[str(runtime)]
-        raise ConfigError(f"bench {model}: is a model for {kind}, not for {runtime}; make one with export {other}")
+        raise ConfigError(f"bench {model}: this model is for {kind}, not for {runtime}; make one with export {other}")
     if kind == "llama.cpp":
         from efficientllm.delivery.llama_cpp import require
 
@@ -96,8 +97,8 @@ def _find(model: str, runtime: str | None) -> tuple[str, str, list[Path]]:
 
 
 def verdicts(speeds: Sequence[Speed]) -> list[str]:
-    """Returns how the size and speed of every model after the first stand to the first's, a line each."""
-    lines = [f"beside {speeds[0].model}:"] if len(speeds) > 1 else []
+    """Returns how the size and speed of every model after the first compare with the first's, one line each."""
+    lines = [f"compared with {speeds[0].model}:"] if len(speeds) > 1 else []
     for speed in speeds[1:]:
         size = speed.file_size / speeds[0].file_size
         faster = speed.generated_tokens_per_second / speeds[0].generated_tokens_per_second
@@ -185,7 +186,9 @@ def _in_onnxruntime(
 def _check_context(path: str, context: int, asked: int) -> None:
     """Raises ConfigError if the prompt and what follows do not fit the model's context."""
     if asked > context:
-        raise ConfigError(f"bench {path}: --prompt and --new are {asked} tokens, its context is {context}; lower them")
+        raise ConfigError(
+            f"bench {path}: --prompt and --new add up to {asked} tokens, but its context is {context}; lower them"
+        )
 
 
 def _print_table(speeds: Sequence[Speed]) -> None:
@@ -195,7 +198,7 @@ def _print_table(speeds: Sequence[Speed]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     first = speeds[0]
-    table.add_column(f"prompt {first.prompt}, new {first.new}, {first.threads} threads")
+    table.add_column(f"prompt {first.prompt}, new {first.new}, {counted(first.threads, 'thread')}")
     for speed in speeds:
         table.add_column(speed.model, justify="right", overflow="fold")
     rows: dict[str, Callable[[Speed], str]] = {

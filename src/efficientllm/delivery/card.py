@@ -54,16 +54,16 @@ def model_card(facts: Facts, source: Path) -> str:
     differ = any(isinstance(size, list) for size in facts.shape.values())
     trust = ", trust_remote_code=True" if differ else ""
     note = (
-        "\nIts layers have widths of their own, which transformers' stock classes do not build: "
-        "`modeling_per_layer.py` beside the weights does. `efficientllm.load(folder)` needs no remote code.\n"
+        "\nIts layers differ in width, which transformers' stock classes cannot build: `modeling_per_layer.py`, next "
+        "to the weights, does. `efficientllm.load(folder)` needs no remote code.\n"
         if differ
         else ""
     )
     state = (
         ""
         if facts.annealed
-        else "\n**A rung of a ladder of sizes, saved on the way to a smaller one; its learning rate was not annealed.**"
-        " Train it on (`efficientllm prune` with this folder as MODEL and its own size as target) before use.\n"
+        else "\n**An intermediate size, saved on the way to a smaller one; its learning rate was not annealed.** "
+        "Train it further (`efficientllm prune` with this folder as MODEL and its own size as the target) before use.\n"
     )
     return f"""---
 {data.to_yaml()}

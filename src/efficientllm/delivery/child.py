@@ -29,7 +29,7 @@ def in_child(runtime: str, function: Callable[P, R], *args: P.args, **settings: 
             return pool.submit(function, *args, **settings).result()
         except (BrokenProcessPool, ValueError, RuntimeError) as error:
             words = [line.strip() for line in log.read().splitlines() if line.strip()] or [str(error)]
-            raise EfficientLLMError(f"{runtime} stopped: {words[-1]}") from None
+            raise EfficientLLMError(f"{runtime} failed: {words[-1]}") from None
 
 
 def _redirect(log: str) -> None:

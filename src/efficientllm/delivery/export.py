@@ -25,7 +25,7 @@ def export(
         type, dtype, shard_size: of gguf the weights' type; of hf the weights' dtype and a file's size.
 
     Raises:
-        EfficientLLMError: whatever a person can mend, or a failed proof; nothing is left behind then.
+        EfficientLLMError: anything the user can fix, or a failed proof; nothing is left behind then.
     """
     _check_flags(to, type=type, dtype=dtype, shard_size=shard_size)
     model, target = finished_model(run, "export"), Path(out).expanduser()
@@ -53,7 +53,7 @@ def export(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ConfigError(f"--out {out}: no space left on its disk; make room or choose another disk") from None
+        raise ConfigError(f"--out {out}: no space left on its disk; free up space or choose another disk") from None
     return 0
 
 
@@ -63,6 +63,6 @@ def _check_flags(to: str, **given: str | None) -> None:
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         if value is not None and name not in takes:
-            raise ConfigError(f"{flag} {value}: --to {to} has no such choice; leave it out")
+            raise ConfigError(f"{flag} {value} does not apply to --to {to}; remove it")
         if value is None and name in takes and name != "shard_size":
             raise ConfigError(f"{flag} is missing; --to {to} needs it")

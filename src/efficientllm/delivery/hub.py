@@ -26,7 +26,7 @@ def push(run: str, repo: str, *, private: bool) -> int:
     except Exception as error:  # the hub's errors share no type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"push to {repo}: the hub refuses or is out of reach ({reason}); check name, token and connection"
+            f"push to {repo}: the hub refused it or could not be reached ({reason}); check name, token and connection"
         ) from None
     print(url)
     return 0

@@ -15,6 +15,7 @@ from efficientllm.errors import ConfigError, EfficientLLMError
 from efficientllm.models.heterogeneous import make_uniform_
 from efficientllm.models.llama_mistral import llama_config
 from efficientllm.models.load import build_model, find_model, load_config, load_model, load_tokenizer
+from efficientllm.numbers import counted
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +67,7 @@ def save_model(
 def export_folder(
     model: str, out: Path, *, dtype: str, shard_size: str | None, overwrite: bool, trust_remote_code: bool
 ) -> None:
-    """Writes a model anew in another dtype, in files of at most `shard_size`, with its own card.
+    """Rewrites a model in another dtype, in files of at most `shard_size`, with its own card.
 
     Raises:
         EfficientLLMError: it cannot be loaded, the output is there, or what was written is not the model.
@@ -75,7 +76,7 @@ def export_folder(
 
     size = shard_size or "50GB"
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", size):
-        raise ConfigError(f"--shard-size {size}: write digits with KB, MB, GB or TB, such as 2GB")
+        raise ConfigError(f"--shard-size {size}: not a size; write digits with KB, MB, GB or TB, such as 2GB")
     check_out(out, overwrite, folder=True)
     load_config(model, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)
@@ -86,8 +87,8 @@ def export_folder(
     card = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").is_file() else ""
     save_model(loaded, out, tokenizer=tokenizer, source=source, dtype=DTYPES[dtype], card=card, shard_size=size)
     files = sorted(out.glob("*.safetensors"))
-    print(f"{out}: {sum(file.stat().st_size for file in files):,} bytes in {len(files)} files, {dtype}")
-    print("loaded again: every weight is the model's, rounded; the logits agree")
+    print(f"{out}: {sum(file.stat().st_size for file in files):,} bytes in {counted(len(files), 'file')}, {dtype}")
+    print("loaded again: every weight matches the model's, rounded; the logits agree")
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def check_reload(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     for name, param in model.named_parameters():
         expected = param.detach().to("cpu", dtype).float()
         if name not in written or not torch.equal(written[name].detach(), expected):
-            raise EfficientLLMError(f"{folder}: '{name}' is not what was trained; report this as a bug")
+            raise EfficientLLMError(f"{folder}: '{name}' differs from what was trained; report this as a bug")
     vocab_size: int = model.config.vocab_size
     tokens = (
         torch.arange(TOKENS_COMPARED).remainder(vocab_size)[None] * (vocab_size // TOKENS_COMPARED or 1) % vocab_size
@@ -143,7 +144,7 @@ def check_reload(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     difference = float((live - again).abs().max() / live.abs().max().clamp(min=1e-6))
     if not difference <= TOLERANCE[dtype]:
         raise EfficientLLMError(
-            f"{folder}: the reloaded model's logits differ from the live one's by {difference:.2g} of the largest; "
+            f"{folder}: the reloaded model's logits differ from the original's by {difference:.2g} of the largest; "
             "report this as a bug"
         )
 

@@ -24,7 +24,7 @@ def is_installed() -> bool:
 def require(what: str) -> None:
     """Raises ConfigError, naming the extra, if llama-cpp-python is not installed."""
     if not is_installed():
-        raise ConfigError(f"{what} needs llama.cpp, which is not installed; {EXTRA}")
+        raise ConfigError(f"{what} needs llama.cpp, which is not installed; run {EXTRA}")
 
 
 def open_model(path: str, context: int, **settings: Any) -> Any:
@@ -56,13 +56,13 @@ def tokens(path: str, texts: Sequence[str]) -> list[list[int]]:
 
 
 def quantize_file(source: Path, target: Path, file_type: int) -> None:
-    """Writes a float32 file anew in another file type, by llama.cpp's own quantiser.
+    """Rewrites a float32 file in another file type, by llama.cpp's own quantiser.
 
     Raises:
         EfficientLLMError: llama.cpp refuses.
     """
     if in_child("llama.cpp", _quantize, str(source), str(target), file_type):
-        raise EfficientLLMError(f"{target}: llama.cpp's quantiser refuses it")
+        raise EfficientLLMError(f"{target}: llama.cpp's quantiser failed on it")
 
 
 def _quantize(source: str, target: str, file_type: int) -> int:

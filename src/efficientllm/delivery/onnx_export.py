@@ -20,6 +20,7 @@ from efficientllm.delivery.proof import compare, held_out_rows, held_out_text
 from efficientllm.errors import ConfigError, EfficientLLMError, UnsupportedModelError
 from efficientllm.files import check_out, check_space, put, staging
 from efficientllm.models.load import empty_model, load_config, load_model, load_tokenizer
+from efficientllm.numbers import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def export_onnx(model: str, out: Path, *, ids: list[int], overwrite: bool, trust
 
     check_out(out, overwrite, folder=True)
     if missing := [part for part in PARTS if find_spec(part) is None]:
-        raise ConfigError(f"--to onnx needs {', '.join(missing)}; {EXTRA}")
+        raise ConfigError(f"--to onnx needs {', '.join(missing)}; run {EXTRA}")
     config = load_config(model, trust_remote_code)
     empty = empty_model(config, model)
     tokenizer = load_tokenizer(model, trust_remote_code)
@@ -89,7 +90,7 @@ def _export(model: "PreTrainedModel", name: str) -> Any:
             return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
     except Exception as error:  # torch's exporter raises whatever its parts raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedModelError(f"model {name}: torch's ONNX exporter cannot take it ({reason})") from None
+        raise UnsupportedModelError(f"model {name}: torch's ONNX exporter failed on it ({reason})") from None
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def _prove(folder: Path, model: "PreTrainedModel", rows: list[list[int]]) -> Non
     )[0, len(prompt) :].tolist()
     print(f"onnxruntime: {len(rows)} × {len(rows[0])} tokens: {comparison}")
     if not comparison.difference <= TOLERANCE:
-        raise EfficientLLMError(f"{folder.name}: in onnxruntime it is another model ({comparison}); no file is left")
+        raise EfficientLLMError(f"{folder.name}: onnxruntime computes something else ({comparison}); no file was kept")
     if ours != theirs:
-        raise EfficientLLMError(f"{folder.name}: onnxruntime continues {ours}, transformers {theirs}; no file is left")
-    print(f"onnxruntime: the same {new} tokens generated through the cache")
+        raise EfficientLLMError(f"{folder.name}: onnxruntime generates {ours}, transformers {theirs}; no file was kept")
+    print(f"onnxruntime: generated the same {counted(new, 'token')} with the cache")

@@ -32,7 +32,7 @@ WORST_RATIO = 2.0  # of perplexities; what a broken file has is far above, what 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one model's logits stand to another's on the same text.
+    """How one model's logits compare with another's on the same text.
 
     Attributes:
         difference: largest difference, relative to the largest logit.
@@ -48,8 +48,9 @@ class Comparison:
     def __str__(self) -> str:
         change = self.perplexity / self.reference - 1
         return (
-            f"perplexity {self.perplexity:.4g} ({change:+.2%} of {self.reference:.4g}), "
-            f"same likeliest token {self.agreement:.1%}, largest difference {self.difference:.1e} of the largest logit"
+            f"perplexity {self.perplexity:.4g} ({change:+.2%} against {self.reference:.4g}), "
+            f"same most likely token {self.agreement:.1%}, largest difference {self.difference:.1e} of the largest "
+            "logit"
         )
 
 
@@ -75,7 +76,7 @@ def held_out_rows(ids: Sequence[int], context: int) -> list[list[int]]:
 
 
 def compare(found: NDArray[Any], reference: NDArray[Any], rows: Sequence[Sequence[int]]) -> Comparison:
-    """Returns how logits (rows, tokens, vocabulary) stand to the reference's."""
+    """Returns how logits (rows, tokens, vocabulary) compare with the reference's."""
     difference = float(np.abs(found - reference).max() / max(float(np.abs(reference).max()), 1e-6))
     agreement = float((found.argmax(-1) == reference.argmax(-1)).mean())
     return Comparison(difference, _perplexity(found, rows), _perplexity(reference, rows), agreement)

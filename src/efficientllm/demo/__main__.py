@@ -41,7 +41,7 @@ def demo(source: Path, out: Path) -> int:
     params = sum(param.numel() for param in load_model(str(source)).parameters())
     with TemporaryDirectory() as folder:
         corpus = write_corpus(folder)
-        print(f"text: {corpus.documents:,} docstrings and topics of this Python, {corpus.characters:,} characters")
+        print(f"text: {corpus.documents:,} docstrings and help topics of this Python, {corpus.characters:,} characters")
         code = prune(
             RunConfig(
                 model=str(source),

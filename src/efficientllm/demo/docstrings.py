@@ -48,7 +48,7 @@ def documents() -> Iterator[str]:
 
 
 def is_valid(document: str) -> bool:
-    """Whether a document is held out, by its own hash: the same on every machine, whatever else there is."""
+    """Whether a document is held out, by its own hash: the same on every machine, with any other documents."""
     digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % VALID_ONE_IN == 0
 
@@ -64,7 +64,7 @@ def write_corpus(folder: str | Path) -> Corpus:
     if len(texts) < 1000:
         raise DataError(
             f"the demo's text comes from the .py files of the standard library, and {sysconfig.get_path('stdlib')} "
-            f"gave {len(texts)} documents; run it with a Python that was installed with its sources"
+            f"has only {len(texts)} documents; use a Python that is installed with its sources"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

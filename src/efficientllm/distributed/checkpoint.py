@@ -1,4 +1,4 @@
-"""Checkpoints: written while training goes on, whole or not at all, for any number of ranks; safetensors and JSON only.
+"""Checkpoints: written during training, whole or not at all, for any number of ranks; safetensors and JSON only.
 
 checkpoints/step-00000300/
   shards/            weights and moments ("exp_avg:model.norm.weight"), every rank's part in a file of its own; units
@@ -61,7 +61,7 @@ class Checkpoint:
         return config
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
-        """Fills weights and moments in place, by name: tensors or parts of them, whatever ranks they stand on."""
+        """Fills weights and moments in place, by name: tensors or parts of them, on whatever ranks they are."""
         # the default reader would unpickle; every rank reads its own part, without asking the others
         load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path / SHARDS)), no_dist=True)
 
@@ -73,7 +73,7 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints that a run writes, one at a time, while it trains on; every rank holds one of these.
 
-    Kept are the last two, and the last at or before step `keep_before`, from which a longer run can go on.
+    Kept are the last two, and the last at or before step `keep_before`, from which a longer run can continue.
     """
 
     def __init__(self, folder: Path, keep_before: int) -> None:
@@ -172,9 +172,11 @@ def last_checkpoint(
         if damage is None:
             return Checkpoint(path, json.loads((path / "state.json").read_text()))
         if report:
-            report(f"checkpoint {path.name} is damaged ({damage}); the one before it is used")
+            report(f"checkpoint {path.name} is damaged ({damage}); using the one before it")
     if paths:
-        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged; remove them to start from step 0")
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged ({len(paths)} in all); remove them to start from step 0"
+        )
     return None
 
 
@@ -190,11 +192,11 @@ def _damage(path: Path) -> str | None:
         sums = json.loads((path / MANIFEST).read_text())
         for name, expected in sums.items():
             if _sha256(path / name) != expected:
-                return f"{name} has another checksum"
+                return f"{name} has a wrong checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, AttributeError):
-        return f"{MANIFEST} is broken"
+        return f"{MANIFEST} is invalid"
     return None
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from efficientllm.distributed.host import free_memory, physical_cores
 from efficientllm.models.load import cpu_has_bf16
 
 LARGE_FROM = 10_000_000  # parameters of a source from which products, not calls, take a CPU's time
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def find_device() -> torch.device:
@@ -52,13 +52,7 @@ def memory_bytes(device: torch.device) -> int:
     """Returns the memory that is free for this process, in bytes; on a CPU its part of the machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in CGROUP_LIMITS:
-        try:
-            free = min(free, int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def held_memory(device: torch.device) -> int | None:
@@ -75,22 +69,6 @@ def held_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def physical_cores() -> int:
-    """Returns the cores that this process may run on, without the second threads of a core; at least 1.
-
-    Two threads of one core share its arithmetic units, and a matrix product on both is slower than on one.
-    """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            cores.add((topology / "core_cpus_list").read_text())
-        except OSError:  # no Linux, or it does not tell
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 def default_threads() -> int:

@@ -1,4 +1,4 @@
-"""The engine of one process; those of several (engine.py) override what more than one needs."""
+"""The engine of one process; those of several (parallel.py) override what more than one needs."""
 
 import copy
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Engine(Placement):
         return model
 
     def frozen(self, model: "PreTrainedModel") -> Any:
-        """Returns a model that only looks: on its device, without gradients, its weights as products take them."""
+        """Returns a frozen model in eval mode: on its device, without gradients, its weights as products take them."""
         freeze_(model, self.precision)
         owned_(model).to(self.device)
         self._compile(model)
@@ -89,14 +89,14 @@ class Engine(Placement):
         return list(numbers)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor that may be sharded, or summed only in part, as one that stands here."""
+        """Returns a tensor that may be sharded, or summed only in part, as a whole one here."""
         return tensor
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
 
     def run_on_main(self, work: Callable[[], Any]) -> Any:
-        """Lets the main rank do something before the others go on, and returns to it what came of it.
+        """Lets the main rank do something before the others continue, and returns to it what came of it.
 
         Raises:
             EfficientLLMError: on every rank, if it failed; the main rank's own error says why.
@@ -184,7 +184,7 @@ def on_meta(model: "PreTrainedModel") -> Any:
 
 
 def twin(model: "PreTrainedModel") -> Any:
-    """Returns a copy that shares the weights, to be wrapped for a look: FSDP empties what it is given."""
+    """Returns a copy that shares the weights, to be wrapped for reading only: FSDP empties what it is given."""
     shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 

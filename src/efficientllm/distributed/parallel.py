@@ -1,4 +1,4 @@
-"""The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (process.py).
+"""The engines of several ranks, DDP and FSDP2 under torchrun, behind the calls of one process (engine.py).
 
 With checkpoint.py the only file that imports torch.distributed. DDP keeps a whole copy on every rank and sums
 gradients; FSDP shards every parameter, gradient and moment by rows over the ranks (or over those of one replica: hybrid
@@ -67,7 +67,7 @@ class _Ranks(Engine):
             failure = error
         (failed,) = self.all_reduce_max(failure is not None)
         if failed:
-            raise failure or TrainingError("the first rank could not go on")
+            raise failure or TrainingError("the main rank failed")
         return result
 
     def sum_to(self, tensor: Tensor, rank: int) -> Tensor:
@@ -134,7 +134,7 @@ class FSDP(_Ranks):
     """Parameters, gradients and moments sharded by rows: over all ranks, or over `shards` of them in each replica."""
 
     name = "fsdp"
-    compaction_tile = WAITING_UNITS  # each compaction shards the model anew
+    compaction_tile = WAITING_UNITS  # each compaction shards the model again
 
     def __init__(
         self, device: torch.device, precision: Precision = "float32", compiles: bool = False, shards: int | None = None
@@ -208,9 +208,9 @@ class FSDP(_Ranks):
         return list(torch.split(fused, [len(part) for part in parts]))
 
     def compact(self, model: nn.Module, optimizer: Optimizer, space: Space, units: Retired) -> nn.Module:
-        """Builds the model anew at the smaller shape and moves weights and moments there, a parameter at a time.
+        """Rebuilds the model at the smaller shape and moves weights and moments there, a parameter at a time.
 
-        Beside its shards a rank holds, at the most, four times the largest matrix that loses rows: gathered, whole
+        Beside its shards a rank holds at most four times the largest matrix that loses rows: gathered, whole
         without them, and in the making of either. The vocabulary never shrinks, so that is a matrix of a layer. An old
         parameter's memory is freed before the next one comes.
         """
@@ -268,7 +268,7 @@ class FSDP(_Ranks):
         """Makes a sharded model whose parameters have been set ready to compute; buffers come from `source`."""
         sharded.tie_weights()  # a move has untied them
         self._copy_buffers(source, sharded)
-        sharded._apply(lambda tensor: tensor)  # FSDP looks at its parameters again
+        sharded._apply(lambda tensor: tensor)  # FSDP reads its parameters again
         self._compile(sharded)
 
     def _copy_buffers(self, source: nn.Module, target: nn.Module) -> None:
@@ -281,7 +281,7 @@ class FSDP(_Ranks):
                 setattr(module, name, filled if given.is_meta else filled.copy_(given))
 
     def _cut(self, tensor: Tensor, axes: list[tuple[int, Tensor]], like: Tensor) -> Any:
-        """Returns a sharded tensor without what goes, sharded anew; rows that all stay need no communication."""
+        """Returns a sharded tensor without what is removed, sharded again; rows that all stay need no communication."""
         assert isinstance(tensor, DTensor)
         if all(axis != 0 for axis, _ in axes):
             local = select(tensor.to_local(), axes)
@@ -304,7 +304,7 @@ def started_before() -> bool:
 
 
 def claim_folder() -> None:
-    """Notes that the run folder is this job's own: what torchrun starts again goes on with it."""
+    """Notes that the run folder is this job's own: what torchrun restarts continues with it."""
     if "WORLD_SIZE" in os.environ:
         _rendezvous()[0].set(CLAIMED, "1")
 
@@ -325,7 +325,7 @@ def _join(device: torch.device) -> None:
         return
     store, rank, num_ranks = _rendezvous()
     store = dist.PrefixStore(rendezvous(store, rank, num_ranks), store)  # type: ignore[attr-defined]
-    # numbers that decide what is done next stand on the CPU: agreeing on them does not halt the GPU
+    # numbers that decide what is done next are on the CPU: agreeing on them does not halt the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
 

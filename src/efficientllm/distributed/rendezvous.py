@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-LOOK_SECONDS = 0.1  # between two looks at the store; asleep, a rank can still be stopped by a signal
+LOOK_SECONDS = 0.1  # between two reads of the store; asleep, a rank can still be stopped by a signal
 
 
 def is_main_rank() -> bool:
@@ -45,7 +45,7 @@ def rendezvous(store: "Store", rank: int, num_ranks: int) -> str:
 
 
 def is_restart(store: "Store", rank: int) -> bool:
-    """Returns whether torchrun has started this rank before: a worker died somewhere, and all begin anew.
+    """Returns whether torchrun has started this rank before: a worker died somewhere, and all start again.
 
     To be asked once by each worker, before it meets the others: no run folder is made before all have been asked, so
     they agree on whether a folder is theirs.

@@ -145,7 +145,7 @@ def evaluate_model(
 @contextmanager
 def _shown(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Yields what takes (done, in all) for a bar on a terminal; then prints a line with the time it took."""
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)  # this one, whatever is redirected meanwhile
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)  # kept if stderr is redirected meanwhile
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),

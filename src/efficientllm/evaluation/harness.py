@@ -102,7 +102,7 @@ def score(
             )
         except AssertionError:  # its own check of this
             raise ConfigError(
-                f"eval: a choice of {name} is longer than the model's context; leave the task out"
+                f"eval: an answer choice of {name} is longer than the model's context; remove the task"
             ) from None
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -129,7 +129,7 @@ def _from_file(manager: TaskManager, task: Task, folder: Path) -> Loaded:
         rows[f"mmlu_{row['subject']}" if task.name == "mmlu" else task.name].append(row)
     for part in rows:
         if part not in manager.all_tasks:
-            raise DataError(f"data {folder / task.file}: the harness has no task {part}; mend the subject")
+            raise DataError(f"data {folder / task.file}: the harness has no task {part}; fix the subject")
     specs = [
         {"task": part, **ONE_SPLIT, f"{task.split}_split": task.split, "custom_dataset": _dataset(task.split, held)}
         for part, held in rows.items()
@@ -144,7 +144,7 @@ def _from_hub(manager: TaskManager, task: Task) -> Loaded:
     except Exception as error:  # the hub's errors share no type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"--tasks {task.name}: the hub gave no data ({reason}); check the connection, or give local files with "
+            f"--tasks {task.name}: the hub returned no data ({reason}); check the connection, or give local files with "
             "--data-dir"
         ) from None
     first = next(iter(tasks.values()))

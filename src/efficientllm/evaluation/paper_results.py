@@ -1,6 +1,6 @@
 """Zero-shot averages that the paper reports (arXiv 2502.06663, table 2), for comparison: quoted, not ours.
 
-Only averages of its seven tasks stand here, in percent: the design holds no others (method.md, section 8).
+Only averages of its seven tasks are here, in percent (docs/method.md section 8).
 """
 
 from collections.abc import Iterable

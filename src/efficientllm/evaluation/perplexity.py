@@ -113,7 +113,7 @@ def windows(ids: Sequence[int], window: int) -> Iterator[tuple[Sequence[int], in
 
 @torch.inference_mode()
 def _nats(model: "PreTrainedModel", ids: Sequence[Sequence[int]], new: Sequence[int]) -> list[float]:
-    """Returns, of each row of ids, the sum of -log p over its last `new` ids; padding stands on the right."""
+    """Returns, of each row of ids, the sum of -log p over its last `new` ids; padding is on the right."""
     longest = max(len(row) for row in ids)
     batch = torch.zeros(len(ids), longest, dtype=torch.long)
     labels = torch.full_like(batch, -100)

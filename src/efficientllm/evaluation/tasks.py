@@ -29,7 +29,7 @@ class Task:
         folder: where the harness defines it, below lm_eval/tasks.
         split: what it is scored on.
         file: its local file, below `--data-dir`.
-        fields: a local row in the fields of the harness's data set; KeyError, TypeError, ValueError if it is no row.
+        fields: a local row in the fields of the harness's data set; KeyError, TypeError, ValueError if it is not a row.
         metric: the one that tables show; results.json holds all.
     """
 
@@ -44,14 +44,14 @@ class Task:
 def _right(row: Row, choices: list[str]) -> int:
     gold = row["gold"]
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise ValueError(f"gold is {gold!r}, no index of its {len(choices)} choices")
+        raise ValueError(f"gold is {gold!r}, not an index of its {len(choices)} choices")
     return gold
 
 
 def _choices(row: Row, size: int | None = None) -> list[str]:
     choices = row["choices"]
     if not isinstance(choices, list) or not all(isinstance(each, str) and each for each in choices):
-        raise ValueError("choices is no list of texts")
+        raise ValueError("choices is not a list of strings")
     if len(choices) < 2 or (size is not None and len(choices) != size):
         raise ValueError(f"{len(choices)} choices, not {size or 'two or more'}")
     return choices
@@ -60,7 +60,7 @@ def _choices(row: Row, size: int | None = None) -> list[str]:
 def _text(row: Row, name: str) -> str:
     text = row[name]
     if not isinstance(text, str):
-        raise ValueError(f"{name} is no text")
+        raise ValueError(f"{name} is not a string")
     return text
 
 
@@ -83,7 +83,7 @@ def _boolq(row: Row) -> dict[str, Any]:
     """The file's question is the prompt up to its answer, `Passage: …` and `Question: …?` a line each."""
     found = re.fullmatch(r"(?s)Passage: (.*)\nQuestion: (.*)\?", _text(row, "question"))
     if not found or _choices(row) != ["no", "yes"]:
-        raise ValueError("not 'Passage: …', a line 'Question: …?' and the choices no, yes")
+        raise ValueError("it is not 'Passage: …', a line 'Question: …?' and the choices no, yes")
     return {"passage": found[1], "question": found[2], "label": _right(row, ["no", "yes"])}
 
 
@@ -120,7 +120,7 @@ def _winogrande(row: Row) -> dict[str, Any]:
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     begin = first[: sum(1 for _ in alike)]
     if "_" in begin:
-        raise ValueError("an underscore in the context, which the harness would take for the gap")
+        raise ValueError("the context holds an underscore, which the harness would read as the gap")
     return {
         "sentence": f"{begin}_ {_text(row, 'continuation')}",
         "option1": first[len(begin) :],
@@ -174,8 +174,8 @@ def find_tasks(names: str) -> list[Task]:
     for name in (each.strip() for each in names.split(",")):
         if name != "commonsense" and name not in TASKS:
             raise ConfigError(
-                f"--tasks {names}: no task {name!r}; did you mean {nearest(name, ['commonsense', *TASKS])}? There are "
-                f"commonsense, {', '.join(TASKS)}"
+                f"--tasks {names}: unknown task {name!r}; did you mean {nearest(name, ['commonsense', *TASKS])}? "
+                f"Known: commonsense, {', '.join(TASKS)}"
             )
         found |= {each: TASKS[each] for each in (COMMONSENSE if name == "commonsense" else (name,))}
     return list(found.values())
@@ -185,11 +185,11 @@ def local_rows(task: Task, folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of a task's local file in the fields of the harness's data set.
 
     Raises:
-        DataError: no such file, none in it, or a line that is no row of this task.
+        DataError: no such file, none in it, or a line that is not a row of this task.
     """
     file = folder / task.file
     if not file.is_file():
-        raise DataError(f"--tasks {task.name}: no {task.file} in --data-dir {folder}; add it, or leave the task out")
+        raise DataError(f"--tasks {task.name}: no {task.file} in --data-dir {folder}; add it, or remove the task")
     rows = []
     with reading(file):
         for number, line in lines(file):
@@ -203,7 +203,7 @@ def local_rows(task: Task, folder: Path) -> list[dict[str, Any]]:
                 reason = str(error)
             else:
                 continue
-            raise DataError(f"data {file}, line {number}: no row of {task.name} ({reason}); mend or remove the line")
+            raise DataError(f"data {file}, line {number}: not a row of {task.name} ({reason}); fix or remove the line")
     if not rows:
-        raise DataError(f"data {file}: empty; give a row a line")
+        raise DataError(f"data {file}: empty; write one row per line")
     return rows

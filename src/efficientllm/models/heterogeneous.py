@@ -7,7 +7,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from efficientllm.space.dims import Shape, in_layer, layer_of, widths
 
-MODULE, PREFIX = "modeling_per_layer", "PerLayer"  # the file that goes with the weights; its classes' names begin so
+MODULE, PREFIX = "modeling_per_layer", "PerLayer"  # the file beside the weights, and the prefix of its classes' names
 # Their configs, and any with longrope, read the number of heads of the whole model where layers have their own
 # (transformers 5.23). They are let read the widest layer's; a stock class built from it does not fit the weights, and
 # says so.

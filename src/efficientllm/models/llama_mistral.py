@@ -10,7 +10,7 @@ from efficientllm.space.limits import has_llama_bias
 
 
 def mistral_config(config: LlamaConfig) -> MistralConfig:
-    """Returns the Mistral config of a bias-free Llama: same keys, same function, any shape (architecture.md, 5)."""
+    """Returns a bias-free Llama's Mistral config: same keys, same function, any shape (docs/method.md section 10)."""
     values = config.to_dict()
     values.pop(ALLOWANCE, None)
     for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientllm.errors import ConfigError, UnsupportedModelError
+from efficientllm.numbers import counted
 from efficientllm.space.families import REFUSED, check_family
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def load_model(model: str, dtype: "torch.dtype | None" = None, trust_remote_code
     if info["unexpected_keys"]:
         unexpected = sorted(info["unexpected_keys"])
         warnings.warn(
-            f"model {model}: {len(unexpected)} weights that config.json does not ask for are left out, "
+            f"model {model}: ignored {counted(len(unexpected), 'weight')} that config.json does not ask for, "
             f"such as '{unexpected[0]}'",
             stacklevel=2,
         )
@@ -174,7 +175,7 @@ def find_model(model: str, weights: bool = False) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no type
         raise UnsupportedModelError(
-            f"model {model}: no such folder, and the hub gave no such model ({_first_line(error)}); "
+            f"model {model}: no such folder, and the hub returned no such model ({_first_line(error)}); "
             "check the name or the connection"
         ) from None
 
@@ -192,8 +193,8 @@ def finished_model(run: str, verb: str) -> str:
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return str(folder)
     if (path / "config.yaml").is_file():
-        raise ConfigError(f"{verb} {run}: the run is not finished, it has no model/; finish it with prune --resume")
-    raise ConfigError(f"{verb} {run}: holds neither model/ nor a config.json with safetensors; name a run folder")
+        raise ConfigError(f"{verb} {run}: the run is not finished (it has no model/); finish it with prune --resume")
+    raise ConfigError(f"{verb} {run}: has neither model/ nor a config.json with safetensors; name a run folder")
 
 
 def native_dtype(config: "PretrainedConfig") -> "torch.dtype":
@@ -244,7 +245,7 @@ def _read_config(path: Path, model: str, trust_remote_code: bool) -> "Pretrained
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parts raise
-        hint = "" if trust_remote_code or "auto_map" not in raw else "; --trust-remote-code runs the code it comes with"
+        hint = "" if trust_remote_code or "auto_map" not in raw else "; --trust-remote-code runs the model's own code"
         raise UnsupportedModelError(
             f"model {model}: config.json of model_type '{kind}' cannot be read ({_first_line(error)}){hint}"
         ) from None
@@ -266,7 +267,7 @@ def _check_decoder(config: "PretrainedConfig", model: str, remote: bool) -> None
         if decoder and (decoder in architectures if architectures else getattr(config, "is_decoder", True)):
             return
         found = f"{architectures[0]} is" if architectures else "it is"
-        found += " no decoder language model"
+        found += " not a decoder language model"
     raise UnsupportedModelError(
         f"model {model}: model_type '{config.model_type}': {found}; use a decoder (…ForCausalLM)"
     )
@@ -283,7 +284,8 @@ def _check_weights(path: Path, model: str) -> None:
         shards = [path / name for name in sorted(set(names))]
     elif pickles := [file.name for pattern in PICKLES for file in path.glob(pattern)]:
         raise UnsupportedModelError(
-            f"model {model}: weights only as pickle ({pickles[0]}), which is never loaded; convert them to safetensors"
+            f"model {model}: its weights are a pickle ({pickles[0]}), which is never loaded; convert them to "
+            "safetensors"
         )
     else:
         raise UnsupportedModelError(
@@ -297,7 +299,7 @@ def _check_weights(path: Path, model: str) -> None:
             raise UnsupportedModelError(f"model {model}: {shard.name} is missing; download it again") from None
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(
-                f"model {model}: {shard.name} is truncated or broken ({_first_line(error)}); download it again"
+                f"model {model}: {shard.name} is truncated or corrupt ({_first_line(error)}); download it again"
             ) from None
 
 
@@ -307,13 +309,13 @@ def _read_json(file: Path, path: Path, model: str) -> dict[str, Any]:
     except FileNotFoundError:
         inside = path / "model"
         hint = f"did you mean {inside}?" if (inside / "config.json").exists() else "name a Hugging Face model folder"
-        raise UnsupportedModelError(f"model {model}: not a model, it holds no {file.name}; {hint}") from None
+        raise UnsupportedModelError(f"model {model}: not a model folder (it has no {file.name}); {hint}") from None
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(
-            f"model {model}: broken {file.name} ({_first_line(error)}); mend it or download it again"
+            f"model {model}: broken {file.name} ({_first_line(error)}); fix it or download it again"
         ) from None
     if not isinstance(content, dict):
-        raise UnsupportedModelError(f"model {model}: broken {file.name} (no JSON object); download it again")
+        raise UnsupportedModelError(f"model {model}: broken {file.name} (not a JSON object); download it again")
     return content
 
 

@@ -37,7 +37,7 @@ class PerLayer:
 
 
 def share_config(model: Any) -> None:
-    """Gives the modules of each layer that layer's config, made anew from the model's, and a layer's to the rotary one.
+    """Gives the modules of each layer that layer's config, rebuilt from the model's, and a layer's to the rotary one.
 
     That reads a number of heads too, and makes nothing of it, since the head size is given.
     """

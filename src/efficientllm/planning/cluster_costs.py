@@ -97,7 +97,7 @@ def make_setup(
         if math.isnan(gpu.peak(precision)):
             raise ConfigError(
                 f"--precision {precision}: the FLOP/s of {gpu.name} in {precision} are not known; "
-                "take the other precision or another --gpu"
+                "use the other precision or another --gpu"
             )
     rows = rank_rows(config, num_gpus)
     if num_gpus == 1:
@@ -162,7 +162,7 @@ def traffic(space: Space, shape: Shape, setup: Setup, num_gpus: int) -> dict[int
 def phase_seconds(
     config: RunConfig, cluster: Cluster, setup: Setup, space: Space, shapes: Iterable[tuple[Shape, int]]
 ) -> float:
-    """Returns the seconds of a phase that computes each shape for so many steps."""
+    """Returns the seconds of a phase that computes each shape for its number of steps."""
     return sum(step_cost(config, cluster, setup, space, shape).seconds * steps for shape, steps in shapes)
 
 

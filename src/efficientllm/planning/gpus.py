@@ -1,7 +1,7 @@
 """Graphics cards as their data sheets describe them, and a cluster of them. Imports no torch.
 
 Data sheets give matrix FLOP/s of structured sparsity, twice what a dense model gets, and bandwidths of both directions
-together; a ring of GPUs sends and receives at once, so here stand dense FLOP/s and one direction.
+together; a ring of GPUs sends and receives at once, so these are dense FLOP/s and one direction.
 """
 
 import math
@@ -102,7 +102,7 @@ class Cluster:
         return max(size for size in range(1, MACHINE + 1) if self.num_gpus % size == 0)
 
     def bandwidth(self, num_gpus: int) -> float:
-        """Returns the bytes a second that each of a ring of so many GPUs sends: the slowest link of the ring."""
+        """Returns the bytes a second that each GPU of a ring of that size sends: the slowest link of the ring."""
         return self.gpu.bandwidth if num_gpus <= self.machine else min(self.gpu.bandwidth, self.network)
 
 
@@ -130,7 +130,7 @@ def read_cluster(
         missing = [flag for flag in given if flag not in numbers and (num_gpus > 1 or flag != "--bandwidth")]
         if missing:
             raise ConfigError(
-                f"no GPU is named: add --gpu ({', '.join(GPUS)}), or for another one {', '.join(missing)}"
+                f"no GPU is named; add --gpu ({', '.join(GPUS)}), or describe another one with {', '.join(missing)}"
             )
         spec = GpuSpec("GPU", flops=0, float32_flops=math.nan, memory=0, bandwidth=math.inf)
     spec = replace(
@@ -155,7 +155,7 @@ def find_gpu(name: str) -> GpuSpec:
     meant = [names[each] for each in names if wanted and each.startswith(wanted)] or [names[nearest(wanted, names)]]
     raise ConfigError(
         f"--gpu {name} is not one of {', '.join(GPUS)}; did you mean {' or '.join(meant)}? "
-        "Another one is described with --flops, --bandwidth and --gpu-memory"
+        "Describe another one with --flops, --bandwidth and --gpu-memory"
     )
 
 
@@ -166,7 +166,7 @@ def _letters(name: str) -> str:
 def _positive(text: str, flag: str) -> int:
     number = parse_count(text, flag)
     if number < 1:
-        raise ConfigError(f"{flag} {text} is below 1; give a number from 1")
+        raise ConfigError(f"{flag} {text} is below 1; give a number of at least 1")
     return number
 
 
@@ -176,5 +176,5 @@ def _share(text: str | None) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise ConfigError(f"--mfu {text} is not above 0 and at most 1; {MFU} is usual")
+        raise ConfigError(f"--mfu {text} must be above 0 and at most 1; {MFU} is typical")
     return share

@@ -90,8 +90,8 @@ def make_plan(
     for target in targets:
         if target < measure(source) and not can_land(source, limits, measure, target):
             raise BudgetError(
-                f"--target-params {target:,}: no legal shape lies within one FFN tile under it (tiles "
-                f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); ask for another size, or lower "
+                f"--target-params {target:,}: no legal shape lies within one FFN tile below it (tiles "
+                f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); give another size, or lower "
                 "--round-to"
             )
 
@@ -172,7 +172,7 @@ def read_kinds(run: str) -> list[str]:
     """Returns the kinds of a run's removals in their order.
 
     Raises:
-        ConfigError: if the run has no log, or a line of it is no removal.
+        ConfigError: if the run has no log, or a line of it is not a removal.
     """
     path = Path(run).expanduser() / "removals.jsonl"
     kinds = []
@@ -186,6 +186,6 @@ def read_kinds(run: str) -> list[str]:
         raise ConfigError(f"--like {run}: {path} cannot be read ({error.strerror}); name a run folder") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--like {run}: line {number} of {path.name} is no removal; mend or shorten the log"
+            f"--like {run}: line {number} of {path.name} is not a removal; fix the line, or cut the log before it"
         ) from None
     return kinds

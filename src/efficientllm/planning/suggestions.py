@@ -21,7 +21,7 @@ KEEP: Change = ("", {})
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Flags to add or change, the run with them, and how it would stand.
+    """Flags to add or change, the run with them, and what it would cost.
 
     Attributes:
         seconds: of a step at the source's shape.

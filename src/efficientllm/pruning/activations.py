@@ -1,4 +1,4 @@
-"""Inputs of the consumers, kept from the forward pass that trains: what variant B solves with (method.md section 6)."""
+"""Inputs of the consumers, kept from the pass that trains: what variant B solves with (docs/method.md section 6)."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class InputSampler:
 
 
 def keep_input(reader: Any, args: tuple[Any, ...]) -> None:
-    """The hook: puts the rows of a module's input down on the module, at most as many as are kept of a step."""
+    """The hook: puts the rows of a module's input down on the module, at most the number kept per step."""
     if torch.is_grad_enabled() and reader.kept_inputs is not None:  # neither in an evaluation nor for the second time
         X = args[0].detach().flatten(0, -2)
         room = row_cap(X) - sum(len(rows) for rows in reader.kept_inputs)
@@ -83,7 +83,7 @@ def row_cap(X: Tensor) -> int:
 
 
 def thinned(X: Tensor, room: int) -> Tensor:
-    """Returns every so manieth row, so that at most `room` are left."""
+    """Returns every n-th row, with n such that at most `room` are left."""
     stride = -(-len(X) // room)
     return X if stride == 1 else X[::stride].clone()  # a view would keep all of X alive
 
@@ -158,6 +158,6 @@ def _compensate_(
                 weight.copy_(update(weight, Z, gone[number]))
     if sound and not bool(torch.stack(sound).all()):
         raise TrainingError(
-            "a layer's inputs have moments that are not positive definite, so what --compensate solves with them is "
-            "broken; go on from the last checkpoint with a lower --lr, or without --compensate"
+            "the second moments of a layer's inputs are not positive definite, so --compensate cannot solve with them; "
+            "continue from the last checkpoint with a lower --lr, or without --compensate"
         )

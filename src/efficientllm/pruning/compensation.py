@@ -1,4 +1,4 @@
-"""The second-order weight update of variant B (method.md section 6): consumers absorb the in-channels that go.
+"""The second-order weight update of variant B (docs/method.md section 6): consumers absorb the in-channels that go.
 
 W  (out, in)   a consumer's weight          X  (rows, in)  its inputs on the current batch
 P              in-channels that go          K              in-channels that stay

@@ -1,9 +1,9 @@
 """Landing: whether a model can still end within one FFN tile under its target, and under every size saved on the way.
 
 A shape lands on a target where its size lies in (target - one FFN tile, target]. Selection asks before every removal
-whether one can still be reached (docs/method.md, section 9), so a run never ends at a size that misses.
+whether one can still be reached (docs/method.md section 11), so a run never ends at a size that misses.
 
-The worst case, in shapes whose size is looked at, for one target: in the uniform layout every legal number of KV groups
+The worst case, in shapes whose size is computed, for one target: in the uniform layout every legal number of KV groups
 times every legal number of query heads, with a bisection over the hidden sizes each, kv · query · log2(hidden); where
 layers have heads of their own one way down is searched, layers · (kv + query) · log2(hidden), each size a sum over
 layers. Of m targets each is searched below every landing on the one before, so the bound is that to the power of m; the
@@ -27,7 +27,7 @@ def is_landed(shape: Shape, limits: Limits, measure: Measure, target: int) -> bo
 def may_remove(bundle: str, shape: Shape, limits: Limits, measure: Measure, targets: Sequence[int]) -> bool:
     """Returns whether a unit of a bundle may go so that the model can still end within one FFN tile of every target.
 
-    Once completing the open tiles is enough, only they go on.
+    Once completing the open tiles is enough, only they continue.
     """
     return shape[bundle] > limits.floor[bundle] and may_become(
         {**shape, bundle: shape[bundle] - 1}, shape, limits, measure, targets
@@ -64,7 +64,7 @@ def _landings(shape: Shape, limits: Limits, measure: Measure, target: int) -> It
     not too large, by bisection.
 
     Layers with heads of their own have too many combinations of them. There one way down is searched, which depends on
-    nothing but the shape it begins at: after a step along it the rest of it is what is searched, so that a run that can
+    nothing but the shape it starts at: after a step along it the rest of it is what is searched, so that a run that can
     land can always take a step and still land.
     """
     if _fills(shape, limits, measure, target) == 0:
@@ -141,7 +141,7 @@ def _filled(shape: Shape, limits: Limits, measure: Measure, target: int) -> Shap
 def ffn_tile_size(shape: Shape, limits: Limits, measure: Measure) -> int:
     """Returns what one FFN tile adds to the size: over all layers, or to the layer where it adds most.
 
-    To a source whose width is no multiple of the tile the last step is narrower, but may be larger in bytes.
+    To a source whose width is not a multiple of the tile the last step is narrower, but may be larger in bytes.
     """
     largest = 0
     for bundle, width in of_kind(shape, "ffn").items():

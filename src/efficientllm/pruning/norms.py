@@ -1,4 +1,4 @@
-"""Norms that count live entries, while retired ones still wait to be compacted (method.md section 5).
+"""Norms that count live entries, while retired ones still wait to be compacted (docs/method.md section 5).
 
 A stock RMSNorm over `size` entries of which `live` are not zero does what the stock norm of the smaller model does,
 with eps·live/size and its output times sqrt(live/size). Both factors are tensors, written in place: a compiled graph
@@ -18,7 +18,7 @@ EPS_NAMES = ("variance_epsilon", "eps")
 
 @dataclass
 class Correction:
-    """What stands on one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales.
+    """What is kept for one norm: the name and first value of its epsilon, the epsilon in use, the hook that scales.
 
     Attributes:
         share: of the norm's entries, those that live; what both factors were last written for.

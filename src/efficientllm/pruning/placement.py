@@ -1,4 +1,4 @@
-"""Placement: where the entries of a model's tensors stand. Here they stand whole, in the one process that trains.
+"""Placement: where the entries of a model's tensors are. Here they are whole, in the one process that trains.
 
 What spreads them over ranks is a Placement of its own (distributed/parallel.py); pruning/ knows of ranks nothing else.
 """

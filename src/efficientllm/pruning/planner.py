@@ -57,7 +57,7 @@ class Planner:
     def plan(
         self, step: int, next_step: float, scores: Scores, tracker: UnitTracker, order: Order | None = None
     ) -> StepPlan:
-        """Returns the removals of a step, up to the next target at the most.
+        """Returns the removals of a step, up to the next target at most.
 
         Args:
             scores: of every unit, by bundle: (dims, units), infinity for those that are retired.
@@ -107,10 +107,10 @@ def check_landing(limits: Limits, measure: Measure, targets: Sequence[int]) -> N
     for saved_size, size in enumerate(targets):
         before = [each for each in targets[:saved_size] if each < source]
         if size < source and not can_land(limits.source, limits, measure, *before, size):
-            found = f"of those that can land on {before[-1]:,} first, none" if before else "none"
+            first = f", once it has landed on {before[-1]:,}" if before else ""
             raise BudgetError(
-                f"target {size:,}: {found} of the legal shapes lies within one FFN tile under it (tiles "
-                f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); ask for another size, "
+                f"target {size:,}: no legal shape lies within one FFN tile below it{first} (tiles "
+                f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); give another size, "
                 "or lower --round-to"
             )
 
@@ -126,7 +126,7 @@ def complete_tiles(kind: str, tracker: UnitTracker, limits: Limits, compaction_t
     """
     bundles = of_kind(tracker.space.shape, kind)
     if kind == "query":
-        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (method.md section 2)
+        return dict.fromkeys(bundles, 1)  # query heads cannot wait: they wake up (docs/method.md section 2)
     legal = {bundle: limits.tile[bundle] for bundle in bundles}
     if compaction_tile is None:
         return legal

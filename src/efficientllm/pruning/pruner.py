@@ -3,7 +3,7 @@
     pruner = Pruner(model, optimizer, target_params=134_000_000)
 
 It hooks the optimizer's own step: scores come from the weights and gradients that the step is about to use, removals
-follow right after it (method.md section 7).
+follow right after it (docs/method.md section 7).
 """
 
 import weakref
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from efficientllm.errors import UnsupportedModelError
 from efficientllm.models.llama_mistral import relabel_llama_
+from efficientllm.numbers import counted
 from efficientllm.pruning.activations import InputSampler, compensate_
 from efficientllm.pruning.norms import LiveNorms
 from efficientllm.pruning.placement import Placement
@@ -60,7 +61,7 @@ class Pruner:
             speed (default: the limits' tiles).
         save_at: sizes on the way to land on too.
         on_landing: called as `on_landing(size)` at each of `save_at` and at the target.
-        placement: where the model's tensors stand (default: here, whole).
+        placement: where the model's tensors are (default: here, whole).
 
     Attributes:
         removals: every `Removal` so far.
@@ -106,8 +107,8 @@ class Pruner:
         missing = [name for name, param in model.named_parameters() if id(param) not in known and param.requires_grad]
         if missing:
             raise UnsupportedModelError(
-                f"the optimizer does not hold '{missing[0]}' and {len(missing) - 1} more parameters of this model; "
-                "build it from model.parameters() before the Pruner"
+                f"the optimizer does not hold {counted(len(missing), 'parameter')} of this model, such as "
+                f"'{missing[0]}'; build it from model.parameters() before the Pruner"
             )
         self.model, self.optimizer = model, optimizer
         self.placement, self.per_layer = placement or Placement(), per_layer
@@ -196,7 +197,7 @@ class Pruner:
             self.sampler.clear()
 
     def compact(self) -> None:
-        """Compacts whatever waits, so that every shape is the stock one of this size."""
+        """Compacts everything that waits, so that every shape is the stock one of this size."""
         self._compact(dict.fromkeys(self.space.bundles, 1))
 
     def close(self) -> None:
@@ -261,7 +262,7 @@ class Pruner:
     def _compact(self, tiles: Mapping[str, int]) -> None:
         units = self.tracker.waiting(tiles)
         if units:
-            self.scorer.look()  # before units are numbered anew
+            self.scorer.look()  # before units are renumbered
             model = self.placement.compact(self.model, self.optimizer, self.space, units)
             if model is not self.model:
                 self._move_to(model)
@@ -269,7 +270,7 @@ class Pruner:
             count_live_(self.model, self._norms, self.space, self.tracker.retired)
 
     def _move_to(self, model: nn.Module) -> None:
-        """Goes on with a model that was built anew at the smaller shape."""
+        """Continues with a model that was rebuilt at the smaller shape."""
         save_as_before(self.model)
         self.model = model
         self._norms = LiveNorms(self.placement.compiles)

@@ -91,7 +91,7 @@ def compact_(model: nn.Module, optimizer: Optimizer | None, space: Space, units:
         old = params[name]
         grad, state = take_(old, optimizer, partial(select, axes=axes))
         new = nn.Parameter(select(old.data, axes), requires_grad=old.requires_grad)
-        old.data = old.data.new_empty(0)  # the old and the new model never stand side by side
+        old.data = old.data.new_empty(0)  # the old and the new model are never in memory together
         new.grad = grad
         if optimizer is not None and state:
             optimizer.state[new] = state

@@ -1,4 +1,4 @@
-"""Saliency: what removing a unit would cost the loss (method.md section 3). Higher is costlier to remove.
+"""Saliency: what removing a unit would cost the loss (docs/method.md section 3). Higher is costlier to remove.
 
 Scores are per-element means, not sums, so that a head and a channel compare (EfficientLLM, figure A0).
 """
@@ -41,7 +41,7 @@ SALIENCIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 @dataclass(frozen=True)
 class Sums:
-    """Element saliencies summed over every unit, before they are looked at.
+    """Element saliencies summed over every unit, before they are read.
 
     Attributes:
         totals: of all units, one dim after the other, on the device.

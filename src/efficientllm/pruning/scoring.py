@@ -1,6 +1,6 @@
 """Scoring: from a model's gradients to the scores that choose, averaged over steps if that is asked for.
 
-Sums stay on the device until a removal is due. To look at them the host waits for the device; done before the
+Sums stay on the device until a removal is due. To read them the host waits for the device; done before the
 optimizer's step, the device would then wait for the host.
 """
 

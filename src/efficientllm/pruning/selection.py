@@ -14,7 +14,7 @@ from efficientllm.pruning.landing import may_remove
 from efficientllm.space.dims import Measure, Shape, kind_of, of_kind
 from efficientllm.space.limits import Limits
 
-LOOK = 16  # groups of a queue that are looked up at first
+LOOK = 16  # groups of a queue that are sorted at first
 
 Order = Callable[[Shape], Sequence[str]]  # the kinds at a shape, the one that would go first in front
 
@@ -71,7 +71,7 @@ class Queue:
         return chosen
 
     def _look(self) -> None:
-        """Looks up twice as many groups when those that are known have been taken."""
+        """Sorts twice as many groups when those that are known have been taken."""
         known, every = len(self._units), self.scores.shape[1]
         if self.taken < known or known == every:
             return

@@ -112,7 +112,8 @@ class UnitTracker:
         if found != saved:
             name = next(name for name in {**saved, **found} if saved.get(name) != found.get(name))
             raise CheckpointError(
-                f"the state is of another shape: '{name}' has {saved.get(name)} units there and {found.get(name)} here"
+                f"the saved state is of another shape: '{name}' has {saved.get(name)} units there and "
+                f"{found.get(name)} here"
             )
         self.retired = {name: list(units) for name, units in state["retired"].items()}
         self.origin = {name: list(units) for name, units in state["origin"].items()}

@@ -32,7 +32,7 @@ CHANGEABLE = {
 def check_new(out: Path) -> None:
     """Raises ConfigError if the folder of a new run is there already."""
     if os.path.lexists(out):
-        raise ConfigError(f"--out {out} exists; add --resume to go on with it, or choose another folder")
+        raise ConfigError(f"--out {out} exists; add --resume to continue it, or choose another folder")
 
 
 @contextmanager
@@ -60,14 +60,14 @@ def stored_config(out: Path) -> RunConfig:
         CheckpointError: no such folder, or not a run's.
     """
     if not out.is_dir():
-        raise CheckpointError(f"--resume: no run folder {out}; leave --resume out to begin, or check --out")
+        raise CheckpointError(f"--resume: no run folder {out}; remove --resume to start a new run, or check --out")
     if not (out / "config.yaml").is_file():
-        raise CheckpointError(f"--resume: {out} holds no config.yaml, so it is no run folder; check --out")
+        raise CheckpointError(f"--resume: {out} has no config.yaml, so it is not a run folder; check --out")
     return load_yaml(out / "config.yaml")
 
 
 def continued(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """Returns the config with which a stored run goes on.
+    """Returns the config with which a stored run continues.
 
     Raises:
         ConfigError: if it asks for another run: another model, target or data, or for fewer tokens.
@@ -75,20 +75,20 @@ def continued(config: RunConfig, stored: RunConfig) -> RunConfig:
     changed = {}
     for name, each in FIELDS.items():
         asked, had = getattr(config, name), getattr(stored, name)
-        if asked == had or (asked is None and each.default is None):  # None: whatever the run has
+        if asked == had or (asked is None and each.default is None):  # None: the run's own value
             continue
         if name not in CHANGEABLE:
             raise ConfigError(
                 f"--resume with {flag_name(name)} {_text(asked)}: the run in {config.out} has {_text(had)}; "
-                f"leave it as it is, or begin another run with another --out"
+                f"keep that value, or start another run with another --out"
             )
         changed[name] = asked
     if changed.get("engine") == "ddp" and "shards" not in changed:
         changed["shards"] = None  # they were fsdp's
     if config.tokens < stored.tokens:
         raise ConfigError(
-            f"--resume with --tokens {config.tokens}: the run has {stored.tokens}, and its learning rate is set by it; "
-            "give as many or more"
+            f"--resume with --tokens {config.tokens}: the run has {stored.tokens}, which sets its learning rate; "
+            "give at least as many"
         )
     return replace(stored, **changed)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""What a person sees during a run: a live line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from efficientllm.numbers import format_count
 
 PLAIN_LINES = 20  # over a whole run
-PLAIN_SECONDS = 30.0  # at least one in so many seconds
+PLAIN_SECONDS = 30.0  # at most this long without one
 
 
 class Display:
@@ -57,7 +57,7 @@ class Display:
         self.console.print(f"warning: {message}", style="yellow", markup=False)
 
     def calibrating(self, done: int, batches: int) -> None:
-        """Shows how much is looked at before anything goes."""
+        """Shows the progress of calibration, before anything is removed."""
         self._progress.update(self._task, phase=f"calibrating {done}/{batches}")
         now = time.monotonic()
         if done == batches or now - self._last > PLAIN_SECONDS:

@@ -21,14 +21,14 @@ from efficientllm.distributed.device import (
     default_threads,
     find_device,
     memory_bytes,
-    physical_cores,
 )
 from efficientllm.distributed.engine import Engine
+from efficientllm.distributed.host import physical_cores
 from efficientllm.distributed.parallel import claim_folder, least_of_ranks, start_engine, started_before
 from efficientllm.distributed.rendezvous import is_main_rank
 from efficientllm.errors import CheckpointError
 from efficientllm.models.load import build_model, empty_model, load_config, load_model
-from efficientllm.numbers import format_count
+from efficientllm.numbers import counted, format_count
 from efficientllm.run.folder import check_new, continued, new_folder, stored_config, write_config
 from efficientllm.run.logs import check_installed
 from efficientllm.run.progress import Display
@@ -55,7 +55,7 @@ def prune(config: RunConfig, *, resume: bool) -> int:
     """Runs `prune` to its end, or on from its last checkpoint; returns the exit code.
 
     Raises:
-        EfficientLLMError: whatever a person can mend; nothing is half-written.
+        EfficientLLMError: anything the user can fix; nothing is half-written.
     """
     check_installed(config.log_to)
     out = Path(config.out).expanduser()
@@ -94,7 +94,8 @@ def _resume(config: RunConfig, out: Path) -> int:
     if (out / "model").exists() and not more:
         if is_main_rank():
             print(
-                f"{out} is finished: its result is {out / 'model'}; to train on, raise --tokens above {stored.tokens}"
+                f"{out} is finished: its result is {out / 'model'}; to train it further, raise --tokens above "
+                f"{stored.tokens}"
             )
         return 0
     source = open_source(config)
@@ -106,7 +107,7 @@ def _resume(config: RunConfig, out: Path) -> int:
     checkpoint = _agreed_checkpoint(out / "checkpoints", at_most, display, engine)
     corpus = _open_corpus(config, source, out / "data", display)
     if checkpoint and checkpoint.state["data"] != corpus.fingerprint:
-        raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; bring it back")
+        raise CheckpointError(f"--resume: the data of {out} has changed since step {checkpoint.step}; restore it")
     engine.barrier()  # everyone has read what is there
 
     def change_folder() -> None:
@@ -192,7 +193,7 @@ def _open_corpus(config: RunConfig, source: SourceModel, folder: Path, display: 
 
 
 def _reopen(out: Path, stored: RunConfig, checkpoint: Checkpoint | None) -> None:
-    """Makes a run that was shorter ready to go on: its result stays, under its number of tokens."""
+    """Prepares a run that was shorter to continue: its result stays, under its number of tokens."""
     if (out / "model").exists():
         (out / "model").rename(_unused(out / f"model-{format_count(stored.tokens)}"))
     for path in (out / "checkpoints").glob("step-*"):
@@ -217,7 +218,7 @@ def _introduce(display: Display, config: RunConfig, source: SourceModel, recipe:
     prunes = budget.target < budget.measure(source.limits.source)
     say = display.say
     method, shape = METHODS[config.method], widths_text(source.limits.source)
-    begins = f" (begins with {params:,} parameters: {shape})" if method.when == "initial" else ""
+    begins = f" (starts with {params:,} parameters: {shape})" if method.when == "initial" else ""
     say(f"source {config.model}: {source.family}, {source.num_params:,} parameters" + ("" if begins else f" ({shape})"))
     if config.method != "efficientllm":
         say(f"method {config.method}, which {method.does}{begins}")
@@ -231,17 +232,17 @@ def _introduce(display: Display, config: RunConfig, source: SourceModel, recipe:
     )
     if source.teacher:
         say(_teacher_text(config, source, source.teacher))
-    threads = f", {config.threads} threads" if engine.device.type == "cpu" else ""
+    threads = f", {counted(config.threads or default_threads(), 'thread')}" if engine.device.type == "cpu" else ""
     say(f"{engine.device.type}, {engine.precision}{threads}{', compiled' if engine.compiles else ''}")
     if engine.num_ranks > 1:
         say(f"{engine.num_ranks} ranks, {engine.name}")
     elif config.engine or config.shards:
         flag = f"--engine {config.engine}" if config.engine else f"--shards {config.shards}"
-        display.warn(f"{flag}: this is one process; torchrun --nproc-per-node N -m efficientllm makes N")
+        display.warn(f"{flag} is ignored in a single process; start N with torchrun --nproc-per-node N -m efficientllm")
     if config.threads and engine.device.type == "cpu" and config.threads > physical_cores():
         display.warn(
-            f"--threads {config.threads}: this process may run on {physical_cores()} physical cores; more threads than "
-            "cores slow each other down"
+            f"--threads {config.threads}: this process may use only {counted(physical_cores(), 'physical core')}; "
+            "threads beyond that slow each other down"
         )
     for kind, note in source.limits.notes.items():
         say(f"{kind}: {note}")
@@ -249,7 +250,8 @@ def _introduce(display: Display, config: RunConfig, source: SourceModel, recipe:
         display.warn(remark)
     if getattr(source.tokenizer, "chat_template", None):
         display.warn(
-            "the source has a chat template: raw text unlearns its alignment; train on 'messages', or align again"
+            "the source has a chat template, and training on raw text undoes its alignment; train on 'messages', or "
+            "align the result again"
         )
 
 
@@ -257,7 +259,7 @@ def _teacher_text(config: RunConfig, source: SourceModel, teacher: Space) -> str
     """Returns what the teacher is, what the loss is made of, and what its passes cost."""
     weight, temperature, hidden = config.distill_weight, config.distill_temperature, config.distill_hidden
     terms = f"{1 - weight:g} CE + {weight * temperature**2:g} KL at temperature {temperature:g}"
-    terms += f" + {hidden:g} distance of last states" if hidden else ""
+    terms += f" + {hidden:g} distance of last hidden states" if hidden else ""
     share = pass_flops(teacher, config.seq_len) / source.space.flops_per_token(source.limits.source, config.seq_len)
     end = share * source.budget.measure(source.limits.source) / source.budget.target
     return (

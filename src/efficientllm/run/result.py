@@ -16,7 +16,7 @@ from efficientllm.training.trainer import Trainer
 def save_result(
     folder: Path, trainer: Trainer, source: SourceModel, *, tokens: int, losses: dict[str, float], annealed: bool
 ) -> None:
-    """Writes the model as it stands; all ranks come here, and the first one writes.
+    """Writes the model as it is now; all ranks come here, and the first one writes.
 
     Args:
         tokens: that it has been trained on.

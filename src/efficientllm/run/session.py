@@ -1,4 +1,4 @@
-"""A run under way: trains, validates, logs and checkpoints until it is done or told to stop, and writes the result."""
+"""A run under way: trains, validates, logs and checkpoints until it is done or asked to stop, and writes the result."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from efficientllm.distributed.checkpoint import Checkpoint, Checkpoints, last_ch
 from efficientllm.distributed.device import held_memory, is_out_of_memory
 from efficientllm.distributed.engine import Engine, twin
 from efficientllm.errors import TrainingError
-from efficientllm.numbers import format_count
+from efficientllm.numbers import counted, format_count
 from efficientllm.pruning import Removal
 from efficientllm.run.logs import ExternalLog, JsonLines, read_rows
 from efficientllm.run.progress import Display
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT_SECONDS = 600.0  # between checkpoints, without --checkpoint-every
-SETTLE_STEPS = 10  # steps on a GPU between looks at what it has computed; on a CPU every step is looked at
+SETTLE_STEPS = 10  # steps on a GPU between reads of what it has computed; on a CPU every step is read
 
 
 class Run:
@@ -74,7 +74,7 @@ class Run:
         self.valid_rows = corpus.valid_rows(config.seq_len, config.valid_tokens)
         self.valid_losses: dict[int, float] = {}  # by step
         self.saved_step = -1
-        self.first_row: dict[str, Any] = {}  # what is known of the source when another model begins to train
+        self.first_row: dict[str, Any] = {}  # what is known of the source when another model is trained
         self.layer_removals: list[Removal] = []
         self.settle_steps = 1 if engine.device.type == "cpu" else SETTLE_STEPS
 
@@ -112,7 +112,7 @@ class Run:
                 self.checkpoints.finish()
                 self.engine.barrier()  # the last one has its name
             if stopped_by:
-                self.display.say(f"stopped at step {self.trainer.step}; go on with: {self._resume_command()}")
+                self.display.say(f"stopped at step {self.trainer.step}; continue with: {self._resume_command()}")
                 return 128 + stopped_by
             self._finish()
             return 0
@@ -120,14 +120,14 @@ class Run:
             raise TrainingError(f"{error}; {self._last_good()}", one_rank=error.one_rank) from None
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"writing to {self.out} failed ({error}); free space, then: {self._resume_command()}"
+                f"writing to {self.out} failed ({error}); free up space, then run: {self._resume_command()}"
             ) from None
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"rank {self.engine.rank} is out of memory beside the passes; use more ranks with --engine fsdp; "
-                f"{self._last_good()}",
+                f"rank {self.engine.rank} is out of memory outside the training passes; use more ranks with --engine "
+                f"fsdp; {self._last_good()}",
                 one_rank=True,
             ) from None
         finally:
@@ -212,7 +212,7 @@ class Run:
             for spec, times in self.loader.epochs(self.recipe.total_steps).items():
                 if times > 1:
                     self.display.warn(
-                        f"data {spec} runs out: it is seen {ceil(10 * times) / 10:g} times, each in a new order"
+                        f"data {spec} runs out: it is read {ceil(10 * times) / 10:g} times, each in a new order"
                     )
         self.trainer.batches = self._batches(self.trainer.step)
 
@@ -274,8 +274,8 @@ class Run:
         )
         if file := self.source.budget.file:
             say(
-                f"its file takes {file(trainer.pruner.shape):,} bytes: {program()} export {quote(self.config.out)} "
-                f"--to gguf --type {file.type} --out {quote(self.out.name)}.gguf"
+                f"its {file.type} file takes {file(trainer.pruner.shape):,} bytes; export it with: {program()} export "
+                f"{quote(self.config.out)} --to gguf --type {file.type} --out {quote(self.out.name)}.gguf"
             )
         if losses:
             after = {step: self.valid_losses[step] for step in steps if step > 0}
@@ -285,9 +285,9 @@ class Run:
                 f"best {after[best]:.4f} (step {best})"
             )
         if self.engine.compiles:
-            say(f"{self.engine.compilations} graphs were compiled")
+            say(f"compiled {counted(self.engine.compilations, 'graph')}")
         if trainer.metrics.skipped:
-            say(f"{trainer.metrics.skipped} steps were skipped because the loss or its gradient was not finite")
+            say(f"skipped {counted(trainer.metrics.skipped, 'step')} because the loss or its gradient was not finite")
 
     def _save(self, folder: Path, tokens: int, losses: dict[str, float], annealed: bool) -> None:
         save_result(folder, self.trainer, self.source, tokens=tokens, losses=losses, annealed=annealed)
@@ -300,8 +300,10 @@ class Run:
             self.checkpoints.finish()
         checkpoint = last_checkpoint(self.out / "checkpoints")
         if checkpoint is None:
-            return f"no checkpoint had been written yet; begin anew: {self._resume_command()}"
-        return f"the last good checkpoint is at step {checkpoint.step}; go on from there: {self._resume_command()}"
+            return f"no checkpoint has been written yet; start again with: {self._resume_command()}"
+        return (
+            f"the last good checkpoint is at step {checkpoint.step}; continue from there with: {self._resume_command()}"
+        )
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -27,7 +27,7 @@ class SourceModel:
 
     Attributes:
         num_params: of the model that is named.
-        space, limits: of the model that training begins with, which for two methods is a smaller one.
+        space, limits: of the model that training starts with, which for two methods is a smaller one.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class SourceModel:
 
 
 def open_start(config: RunConfig) -> tuple["PreTrainedModel", Space, Limits]:
-    """Returns the model that training begins with on the meta device, its space and limits; targets are checked.
+    """Returns the model that training starts with on the meta device, its space and limits; targets are checked.
 
     Needs nothing but config.json.
 

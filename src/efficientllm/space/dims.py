@@ -1,4 +1,4 @@
-"""The words of the pruning space: slot, dim, bundle (design: "a model is a table of named dims").
+"""The words of the pruning space: slot, dim, bundle (docs/method.md section 2).
 
 A *unit* is the least thing that can go: one hidden dimension, one FFN channel, one KV group (a key/value head with its
 query heads), or one query head out of every KV group. A *dim* is the list of places in parameters that its units own; a
@@ -35,7 +35,7 @@ def dim_name(kind: str, layer: int | None = None, group: int | None = None) -> s
 
 
 def layer_of(path: str) -> int | None:
-    """Returns the layer that a parameter or module stands in, None for those outside."""
+    """Returns the layer that a parameter or module is in, None for those outside."""
     _, inside, rest = f".{path}".partition(".layers.")
     return int(rest.partition(".")[0]) if inside else None
 
@@ -87,7 +87,7 @@ class Slot:
     Attributes:
         role: producers write the unit's activation, consumers read it; riders (norm gains) are dropped at compaction,
             never zeroed and never scored.
-        output: whether its entries are scored when only output layers are (method.md section 3).
+        output: whether its entries are scored when only output layers are (docs/method.md section 3).
     """
 
     param: str

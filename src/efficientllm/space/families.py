@@ -59,17 +59,17 @@ FAMILIES: dict[str, Table] = {
 }
 
 REFUSED = {
-    "gpt2": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "gpt_neox": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "gptj": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "opt": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "falcon": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "stablelm": "LayerNorm over the stem wakes zeroed entries, and its head size is hidden/heads",
-    "starcoder2": "LayerNorm over the stem wakes zeroed entries",
-    "olmo": "LayerNorm over the stem wakes zeroed entries",
-    "cohere": "LayerNorm over the stem wakes zeroed entries",
+    "gpt2": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "gpt_neox": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "gptj": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "opt": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "falcon": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "stablelm": "LayerNorm over the residual stream revives zeroed entries, and its head size is hidden/heads",
+    "starcoder2": "LayerNorm over the residual stream revives zeroed entries",
+    "olmo": "LayerNorm over the residual stream revives zeroed entries",
+    "cohere": "LayerNorm over the residual stream revives zeroed entries",
     "mixtral": "experts are not in the pruning space",
-    "gemma3": "the picture encoder is not in the pruning space; save its text model (gemma3_text) by itself",
+    "gemma3": "the vision encoder is not in the pruning space; save its text model (gemma3_text) by itself",
 }
 
 # `hidden_size % num_attention_heads == 0` is demanded by these families' configs even when head_dim is set

@@ -41,7 +41,7 @@ def find_space(model: "nn.Module", per_layer: bool = False) -> Space:
     table = FAMILIES[family]
     if config.is_heterogeneous and not per_layer:
         raise UnsupportedModelError(
-            f"{family}: the layers of this model have widths of their own; prune it with --layout per-layer"
+            f"{family}: the layers of this model differ in width; prune it with --layout per-layer"
         )
     own: Any = config.per_layer_config[0]
     head_dim: int = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
@@ -84,7 +84,7 @@ def find_space(model: "nn.Module", per_layer: bool = False) -> Space:
         for axis, parts in enumerate(axes[name]):
             if sum(lengths[part] for part in parts) != param.shape[axis]:
                 raise UnsupportedModelError(
-                    f"{family}: axis {axis} of '{name}' has {param.shape[axis]} entries, its config says "
+                    f"{family}: axis {axis} of '{name}' has {param.shape[axis]} entries, but its config says "
                     f"{sum(lengths[part] for part in parts)} ({' + '.join(parts)}); get both from one source"
                 )
             start = 0

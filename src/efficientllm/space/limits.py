@@ -1,4 +1,4 @@
-"""Which shapes are legal: floors, tiles, and what a family's config accepts (architecture.md section 5)."""
+"""Which shapes are legal: floors, tiles, and what a family's config accepts (docs/method.md section 10)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,16 +91,16 @@ def find_limits(
         else:
             frozen |= {"kv", "query"}
             tile["hidden"] = lcm(tile["hidden"], *(kv * query for kv, query in most))
-            notes["kv"] = notes["query"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
+            notes["kv"] = notes["query"] = f"{config.model_type} requires hidden_size % num_attention_heads == 0"
         if tile["hidden"] != round_to["hidden"]:
-            notes["hidden"] = f"{config.model_type} demands hidden_size % num_attention_heads == 0"
+            notes["hidden"] = f"{config.model_type} requires hidden_size % num_attention_heads == 0"
     floor: Shape = {}
     for bundle, size in source.items():
         kind = kind_of(bundle)
         unit, most_of_kind = tile[kind], max(of_kind(source, kind).values())
         least = DEFAULT_FLOORS[kind] if asked[kind] is None else asked[kind]
         if least is None or least < 1:
-            raise BudgetError(f"--min-{kind} {least}: no layer is ever emptied, so it must be at least 1")
+            raise BudgetError(f"--min-{kind} {least}: layers are never emptied, so it must be at least 1")
         if asked[kind] is not None and least > most_of_kind:
             raise BudgetError(f"--min-{kind} {least}: the source has only {most_of_kind}; ask for at most that")
         least = -(-least // unit) * unit

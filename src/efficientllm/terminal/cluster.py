@@ -27,10 +27,10 @@ def cluster_parts(plan: RunPlan, config: RunConfig, cluster: Cluster, space: Spa
     setup = make_setup(config, cluster, space, plan.source, teacher=plan.teacher)
     limit = MEMORY_SHARE * cluster.gpu.memory
     return [
-        f"On {cluster.num_gpus} × {cluster.gpu.name}, by estimate ({gpu_words(cluster)})",
+        f"Estimate for {cluster.num_gpus} × {cluster.gpu.name} ({gpu_words(cluster)})",
         *hours_lines(plan, config, cluster, setup, space),
         step_table(plan, config, cluster, setup, space),
-        f"Memory of each GPU in GB, at the source's shape; up to {gigabytes(limit)}, {MEMORY_SHARE} of it, fits",
+        f"Memory per GPU in GB, at the source's shape; up to {gigabytes(limit)} ({MEMORY_SHARE:.0%} of a GPU) fits",
         memory_table(plan, config, cluster, space),
         *legend_lines(config, cluster),
         *suggestion_lines(suggest(config, cluster, space, plan.source, plan.teacher), setup, plan, space),
@@ -63,9 +63,9 @@ def hours_lines(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup
     engine = f"fsdp over {setup.shards}" if setup.engine == "fsdp" else setup.engine
     phases = {
         name: phase_seconds(config, cluster, setup, space, shapes) / 3600
-        for name, shapes in (("pruning", plan.pruning), ("after it", plan.training))
+        for name, shapes in (("pruning", plan.pruning), ("afterwards", plan.training))
     }
-    phases["in all"] = sum(phases.values())
+    phases["total"] = sum(phases.values())
     hours_of = [
         f"{name:<10} {figure(hours)} hours, {figure(hours * cluster.num_gpus)} GPU-hours"
         for name, hours in phases.items()
@@ -76,14 +76,18 @@ def hours_lines(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup
     return [
         f"engine     {engine} in {setup.precision} ({why})",
         *hours_of,
-        f"           assumed: {cluster.mfu:g} of the FLOP/s is reached (--mfu), and sending overlaps",
-        *(["           steps are too short for that: they take as long as a CPU takes to start them"] if brief else []),
+        f"           assumes {cluster.mfu:g} of the FLOP/s (--mfu), and sending that overlaps compute",
+        *(
+            ["           steps are too short for that: they take as long as a CPU takes to launch them"]
+            if brief
+            else []
+        ),
     ]
 
 
 def step_table(plan: RunPlan, config: RunConfig, cluster: Cluster, setup: Setup, space: Space) -> "Table":
     """Returns seconds of compute and communication of an optimizer step, and which bounds it, at source and end."""
-    traffic = ("sent a GPU", "sending", "bound by") if cluster.num_gpus > 1 else ()
+    traffic = ("sent per GPU", "sending", "bound by") if cluster.num_gpus > 1 else ()
     table = _table("step at", "compute", *traffic, "tokens/s")
     for name, shape in (("source", plan.source), ("end", plan.training[0][0])):
         step = step_cost(config, cluster, setup, space, shape)
@@ -123,15 +127,15 @@ def legend_lines(config: RunConfig, cluster: Cluster) -> list[str]:
     """Returns what the columns of the memory table mean."""
     copies = ["weights in bf16"] if "bf16" in cluster.gpu.precisions else []
     if cluster.num_gpus > 1:
-        copies += ["ddp's sums of gradients", "what fsdp gathers"]
+        copies += ["ddp's gradient sums", "what fsdp gathers"]
     if config.distill:
         copies.append("the teacher")
     if config.saliency == "taylor2":
         copies.append("squared gradients")
     if config.compensate:
-        copies.append("inputs of layers")
+        copies.append("layer inputs")
     return [
-        "rows: of a pass; states: weights, gradients, moments; activations: saved by it;",
+        "rows: per pass; states: weights, gradients, moments; activations: saved by it;",
         f"copies: {', '.join(copies) or 'none'}",
     ]
 
@@ -141,7 +145,7 @@ def suggestion_lines(suggestions: list[Suggestion], setup: Setup, plan: RunPlan,
     asked = f"{setup.engine} in {setup.precision}"
     if not suggestions:
         return [f"{asked} fits"]
-    flags = [" ".join(each.flags) or "as it is" for each in suggestions]
+    flags = [" ".join(each.flags) or "as given" for each in suggestions]
     width = max(len(each) for each in flags)
     phases = [*plan.pruning, *plan.training]
     hours_of = [phase_seconds(each.config, each.cluster, each.setup, space, phases) / 3600 for each in suggestions]
@@ -150,8 +154,8 @@ def suggestion_lines(suggestions: list[Suggestion], setup: Setup, plan: RunPlan,
         for text, each, hours in zip(flags, suggestions, hours_of, strict=True)
     ]
     if suggestions[0].setup.fits:
-        return [f"{asked} does not fit; it would with{' any of' if len(ways) > 1 else ''}", *ways]
-    return [f"{asked} does not fit, and no change that was tried would; the least is", *ways]
+        return [f"{asked} does not fit; it would with{' any of these' if len(ways) > 1 else ''}:", *ways]
+    return [f"{asked} does not fit, nor does any change that was tried; the smallest is:", *ways]
 
 
 def gigabytes(size: float) -> str:
@@ -160,7 +164,7 @@ def gigabytes(size: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Returns a number in three digits, and at the most three after the point: <0.001, 0.012, 1.23, 123, 1,234."""
+    """Returns a number in three digits, and at most three after the point: <0.001, 0.012, 1.23, 123, 1,234."""
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 0.1 or value == 0:

@@ -29,8 +29,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {  # of the table, from a 
     "best": lambda run: _loss(run["valid_loss"]["best"]),
 }
 NOTES = (
-    "source, last, best: loss on the run's own validation data, nats per token. time: of the training steps alone. "
-    "FLOPs: what the model needs in the shape of each step. heads: query/key-value."
+    "source, last, best: loss on the run's own validation data, nats per token. time: training steps only. "
+    "FLOPs: what the model needs at the shape of each step. heads: query/key-value."
 )
 
 
@@ -38,12 +38,12 @@ def compare(runs: Sequence[str], *, out: str | None, overwrite: bool) -> int:
     """Prints runs side by side with their curves, and writes them as Markdown or JSON; returns the exit code.
 
     Raises:
-        ConfigError: a folder is no run, an `out` of another kind, or one that is there or cannot be written.
+        ConfigError: a folder is not a run, an `out` of another kind, or one that is there or cannot be written.
     """
     file = Path(out).expanduser() if out else None
     if file:
         if file.suffix not in (".md", ".json"):
-            raise ConfigError(f"--out {out}: ends in {file.suffix or 'nothing'}; give a .md or a .json file")
+            raise ConfigError(f"--out {out}: has the extension {file.suffix or '(none)'}; give a .md or a .json file")
         check_out(file, overwrite, folder=False)
     histories = [read_run(run) for run in runs]
     figures = [figures_of(run, history) for run, history in zip(runs, histories, strict=True)]

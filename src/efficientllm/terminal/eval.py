@@ -117,7 +117,7 @@ def print_scores(found: Sequence[Evaluation], limit: int | None) -> None:
 def _text_source(text: str, reading: Mapping[str, str]) -> DataSource:
     source = parse_source(text)
     if source.weight != 1.0:
-        raise ConfigError(f"--text {text}: has a weight; each text is scored by itself, so leave it out")
+        raise ConfigError(f"--text {text}: has a weight, but each text is scored by itself; remove the weight")
     next(read_documents(source, **reading))  # raises if it cannot be read
     return source
 
@@ -127,7 +127,7 @@ def _load(tasks: Sequence[Task], data_dir: str | None) -> list[Any]:
         return []
     folder = Path(data_dir).expanduser() if data_dir is not None else None
     if folder and not folder.is_dir():
-        raise ConfigError(f"--data-dir {data_dir}: no such folder; it is to hold files such as {tasks[0].file}")
+        raise ConfigError(f"--data-dir {data_dir}: no such folder; it should hold files such as {tasks[0].file}")
     missing = [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"--tasks: {' and '.join(missing)} not installed; run pip install 'efficientllm[eval]'")
@@ -146,7 +146,7 @@ def _print_tasks(console: "Console", found: Sequence[Evaluation], limit: int | N
     names = list(found[0].tasks)
     averaged = found[0].average is not None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    table.add_column("% right", overflow="fold")
+    table.add_column("% correct", overflow="fold")
     for name in ("params", *(TITLES[name] for name in names), *(["mean of 7"] if averaged else [])):
         table.add_column(name, justify="right")
     for each in found:
@@ -166,15 +166,15 @@ def _print_tasks(console: "Console", found: Sequence[Evaluation], limit: int | N
         "items: " + ", ".join(f"{TITLES[name]} {number:,}" for name, number in items.items()),
     ]
     if limit is not None and any(found[0].tasks[name].num_items < found[0].tasks[name].num_all for name in names):
-        notes.append(f"--limit {limit}: the first items alone, which compare with nothing but the same items")
+        notes.append(f"--limit {limit}: only the first items; compare these scores only with scores on the same items")
     for each in found:
         if cut := [f"{TITLES[name]} {score.truncated:,}" for name, score in each.tasks.items() if score.truncated]:
-            notes.append(f"{each.model}: prompts cut on the left to fit its context: {', '.join(cut)}")
+            notes.append(f"{each.model}: prompts truncated on the left to fit its context: {', '.join(cut)}")
     if quoted:
         notes.append("quoted: from the paper (arXiv 2502.06663, table 2), its own evaluation, not run here")
     elif averaged:
         sizes = ", ".join(format_count(size) for size in CLASSES)
-        notes.append(f"the paper's rows are of models near {sizes} parameters; none is of the size of these")
+        notes.append(f"the paper's models have about {sizes} parameters; none is near the size of these")
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 
@@ -203,7 +203,8 @@ def _print_texts(console: "Console", found: Sequence[Evaluation]) -> None:
             f"{name}: {len(text.nats):,} documents, {sum(text.num_bytes):,} bytes", markup=False, soft_wrap=True
         )
     console.print(
-        "perplexity is per token and compares within one tokenizer, bits per byte across them\n", soft_wrap=True
+        "compare perplexity, which is per token, only within one tokenizer; bits per byte across tokenizers\n",
+        soft_wrap=True,
     )
 
 

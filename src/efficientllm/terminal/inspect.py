@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 SEQ_LEN = 2048  # tokens of a row that the FLOPs are given for, the default of --seq-len
 UNITS = {
     "hidden": "hidden dimension",
-    "ffn": "FFN channel a layer",
-    "kv": "KV group a layer",
-    "query": "query head a group",
+    "ffn": "FFN channel per layer",
+    "kv": "KV group per layer",
+    "query": "query head per group",
 }
 
 
@@ -65,7 +65,7 @@ def source_lines(model: str, config: "PretrainedConfig", space: Space) -> list[s
         f"  {config.model_type}, {space.num_layers} layers, head size {space.head_dim}, "
         f"vocabulary {space.vocab_size:,}, {head}",
         f"  {num_params:,} parameters, {format_bytes(num_params * dtype.itemsize)} in {stored}",
-        f"  {format_count(flops)} FLOPs per token of training, in rows of {SEQ_LEN:,} tokens",
+        f"  {format_count(flops)} training FLOPs per token, in rows of {SEQ_LEN:,} tokens",
     ]
 
 
@@ -131,9 +131,9 @@ def _why_frozen(bundle: str, size: int, limits: Limits) -> str | None:
     if limits.floor[bundle] < size:
         return None
     if size == 1:
-        return f"one {UNITS[kind_of(bundle)]} is left, and no layer is ever emptied"
+        return f"only one {UNITS[kind_of(bundle)]} is left, and layers are never emptied"
     if size <= limits.tile[bundle]:
-        return f"{size} is the only legal size, others are multiples of {limits.tile[bundle]}"
+        return f"{size} is the only legal size; others are multiples of {limits.tile[bundle]}"
     return f"the floor leaves no legal size (multiples of {limits.tile[bundle]}) below {size}"
 
 

@@ -120,14 +120,14 @@ def schedule_lines(plan: RunPlan, config: RunConfig, recipe: Recipe) -> list[str
     after = plan.steps - plan.prune_steps
     pace = recipe.pace
     if isinstance(pace, LinearPace):
-        how = f"{'bytes' if config.target_bytes else 'parameters'} fall in a line"
+        how = f"{'bytes' if config.target_bytes else 'parameters'} fall linearly"
     else:
-        how = f"{pace.slot_steps:g} steps a {'removal' if pace.equal else 'slot'}"
+        how = f"{pace.slot_steps:g} steps per {'removal' if pace.equal else 'slot'}"
     return [
         f"removals   {counts.total():,}" + (f" ({kinds})" if kinds else ""),
-        f"pruning    {_phase(plan.prune_steps, config)}; {how}, after {recipe.warmup_steps:,} of warm-up",
-        f"after it   {_phase(after, config)}",
-        f"in all     {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
+        f"pruning    {_phase(plan.prune_steps, config)}; {how}, after {recipe.warmup_steps:,} warm-up steps",
+        f"afterwards {_phase(after, config)}",
+        f"total      {_phase(plan.steps, config)} of {format_count(config.batch_tokens)} tokens each",
         f"peak lr    {recipe.lr:g} ({recipe.lr_reason})",
     ]
 
@@ -149,9 +149,9 @@ def rounding_lines(plan: RunPlan, space: Space, limits: Limits, budget: Budget) 
     sizes = ((kind, max(of_kind(file.limits.tile, kind).values())) for kind in KINDS)
     tiles = ", ".join(f"{kind} {size}" for kind, size in sizes if size > 1)
     return [
-        f"rounding   to tiles of {tiles}: about {left:,} parameters below what the target has room for;",
-        f"           without it about as many parameters take {needed:,} bytes for {num_bytes:,}, and {room:,} bytes "
-        f"hold {held:,} for {params:,}",
+        f"rounding   to multiples (tiles) of {tiles}: about {left:,} parameters below what the target allows;",
+        f"           without it about as many parameters take {needed:,} bytes instead of {num_bytes:,}, and {room:,} "
+        f"bytes hold {held:,} parameters instead of {params:,}",
     ]
 
 
@@ -162,7 +162,7 @@ def flops_lines(plan: RunPlan) -> list[str]:
         return f"{flops:.3g} ({flops / plan.flops:.2f} times)" if plan.flops else f"{flops:.3g}"
 
     return [
-        f"FLOPs      {plan.flops:.3g}; {plan.lowest:.3g} to {plan.highest:.3g} over the orders of kinds",
+        f"FLOPs      {plan.flops:.3g}; {plan.lowest:.3g} to {plan.highest:.3g} depending on the order of removals",
         f"           {beside(plan.masked)} if the pruning phase only masked",
         f"           {beside(plan.unpruned)} without pruning",
     ]
@@ -193,13 +193,13 @@ def here_lines(
         space, limits.source, setup, rows=recipe.batch_rows, memory_bytes=memory_bytes(device)
     )
     memory = estimate(space, limits.source, setup, micro_batch_size=micro_batch_size, batch_rows=recipe.batch_rows)
-    rows = f"{micro_batch_size} of {recipe.batch_rows} rows a pass, {config.seq_len} tokens each, {precision}"
+    rows = f"{micro_batch_size} of {recipe.batch_rows} rows per pass, {config.seq_len} tokens each, {precision}"
     lines = [f"memory     about {_bytes(memory.peak)} at the peak in one process here ({rows})"]
     lines += [f"           {_bytes(size):>8} {name.replace('_', ' ')}" for name, size in memory.parts().items()]
     if config.compensate:
         lines.append(
-            f"second-order update: {_bytes(memory.second_order)}: samples, and the solve of one layer at a time "
-            "when activations are gone"
+            f"second-order update: {_bytes(memory.second_order)}: samples, and the solution for one layer at a time "
+            "once activations are freed"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """The arithmetic of the chunked loss: a chunk's logits become its part of the loss and, at once, of the gradients.
 
-So the logits of a large vocabulary never stand whole in memory, and nothing is computed twice, as it would be with
+So the logits of a large vocabulary are never whole in memory, and nothing is computed twice, as it would be with
 checkpointing. torch's own linear_cross_entropy (2.13) does the same in float32 alone, without soft-capped logits.
 
 h  (tokens, hidden)  what the head reads      W  (vocab, hidden)  the head      targets  (tokens,)
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 CHUNK = 2**25  # logits at once: 128 MiB in float32
-PARTS, MOST_CHUNK = 8, 4 * CHUNK  # on a GPU an eighth of a pass, up to so many
+PARTS, MOST_CHUNK = 8, 4 * CHUNK  # on a GPU an eighth of a pass, up to this many
 
 CrossEntropy = Callable[[Tensor, Tensor, float, float | None, float], Tensor]  # as cross_entropy_and_grad_
 ChunkLoss = Callable[[Tensor, slice, float], Tensor]
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: str, share: int = 1) -> int:
-    """Returns the tokens of a chunk, of which `share` logits stand at once.
+    """Returns the tokens of a chunk, of which `share` logits are in memory at once.
 
     Every chunk adds to the whole gradient of the head, in float32. By a count of bytes and FLOPs an H100 adds for as
     long as it computes 360 tokens: a third of the time with 2^25 logits of a vocabulary of 49,152, a tenth with 2^27.

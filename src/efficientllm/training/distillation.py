@@ -4,8 +4,8 @@
 
     loss = (1 - w) · CE(z, next token) + w · T² · KL(p ‖ q)   [+ W · distance of hidden states]
 
-T² keeps the gradient by z of one size, whatever T is (Hinton et al., arXiv 1503.02531, section 2): it is T · (q - p).
-Of both models a chunk's logits stand at once, and half as many tokens make a chunk.
+T² keeps the gradient by z of one size, regardless of T (Hinton et al., arXiv 1503.02531, section 2): it is T · (q - p).
+A chunk's logits of both models are in memory at once, so a chunk has half as many tokens.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The failure signatures of pruning while training: each is told once, with what to change."""
+"""The failure signatures of pruning while training: each is reported once, with what to change."""
 
 from collections.abc import Sequence
 from statistics import fmean, median, pstdev
@@ -36,7 +36,7 @@ class FailureSigns:
                 found += self._tell(
                     "jump",
                     f"the loss jumped to {loss:.3f} right after a removal (recently {fmean(self.losses):.3f} ± "
-                    f"{spread:.3f}); prune more slowly (--prune-tokens), or with --compensate or --score-ema 0.9",
+                    f"{spread:.3f}); prune more slowly (--prune-tokens), or try --compensate or --score-ema 0.9",
                 )
         if len(self.norms) >= ENOUGH and grad_norm > EXPLOSION * median(self.norms):
             found += self._tell(
@@ -60,14 +60,14 @@ class FailureSigns:
                 least = min(sizes.values())
                 advice = f"lower {FLAG[kind]}, " if kind in FLAG and least > 1 else ""
                 found += self._tell(
-                    f"floor {kind}", f"{kind} is at its floor of {least}; {advice}or ask for a larger target"
+                    f"floor {kind}", f"{kind} is at its floor of {least}; {advice}or choose a larger target"
                 )
         total = sum(self.removed.values())
         for kind, taken in self.removed.items():
             if total > EARLY * self.total_removed and taken > DOMINANCE * total:
                 found += self._tell(
                     f"one-sided {kind}",
-                    f"{taken / total:.0%} of the removed parameters are {kind}; if that is not wanted, set "
+                    f"{taken / total:.0%} of the removed parameters are {kind}; if you do not want that, set "
                     f"{FLAG.get(kind, '--min-kv')}, try --scored-layers all, or larger batches",
                 )
         return found

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Fisher:
-    """The diagonal Fisher: the mean of squared micro-batch gradients (method.md section 3).
+    """The diagonal Fisher: the mean of squared micro-batch gradients (docs/method.md section 3).
 
     At steps with a removal due it holds two more copies of the weights: the squares, and the gradient so far.
     """

@@ -17,7 +17,7 @@ MOST_SKIPPED = 5  # steps in a row without a finite loss
 
 
 class Metrics:
-    """The steps whose figures have not been looked at yet, and what those before have shown.
+    """The steps whose figures have not been read yet, and what those before have shown.
 
     Attributes:
         skipped: steps whose loss or gradient was not finite, up to the last `settle`.
@@ -64,7 +64,7 @@ class Metrics:
         ]
 
     def check(self) -> None:
-        """Raises TrainingError after five steps in a row without a finite loss, once their rows have been looked at."""
+        """Raises TrainingError after five steps in a row without a finite loss, once their rows have been read."""
         if self._broken_at is not None:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row (up to step "

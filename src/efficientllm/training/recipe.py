@@ -13,7 +13,7 @@ from efficientllm.space.dims import Space
 from efficientllm.space.limits import Limits
 from efficientllm.training.size_target import Budget, params_budget
 
-LEARNING_RATES = ((1_000_000, 3e-3), (50_000_000, 1e-3), (500_000_000, 5e-4))  # below so many parameters
+LEARNING_RATES = ((1_000_000, 3e-3), (50_000_000, 1e-3), (500_000_000, 5e-4))  # below this many parameters
 LARGE_LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 0.1
 NO_DECAY_BELOW = 10_000_000  # parameters
@@ -58,7 +58,7 @@ def make_recipe(
     """Returns the derived numbers of a run; without a budget it is `--target-params`.
 
     Args:
-        source_params: of the model that is named, where training begins with another one of `space`.
+        source_params: of the model that is named, where training starts with another one, of `space`.
 
     Raises:
         ConfigError: if the slots of the pace need more steps than `--tokens` gives.
@@ -98,7 +98,7 @@ def make_recipe(
     if budget.target < budget.measure(limits.source) and prune_steps > total_steps - decay_steps:
         remarks.append(
             f"the pruning phase ({prune_steps} steps) reaches into the decay of the learning rate (from step "
-            f"{total_steps - decay_steps + 1}); what is removed late is hardly recovered: raise --tokens to "
+            f"{total_steps - decay_steps + 1}); the model hardly recovers from late removals: raise --tokens to "
             f"{format_count(ceil(prune_steps / (1 - DECAY_SHARE)) * config.batch_tokens)} or lower --prune-tokens"
         )
     lr, reason = (config.lr, "as given") if config.lr is not None else default_lr(params)
@@ -137,7 +137,7 @@ def warm_up(prune_steps: int) -> int:
 
 
 def default_lr(params: int) -> tuple[float, str]:
-    """Returns the peak learning rate for a source of so many parameters, and the reason in words."""
+    """Returns the peak learning rate for a source with that many parameters, and the reason in words."""
     for bound, lr in LEARNING_RATES:
         if params < bound:
             return lr, f"the default for a source below {format_count(bound)} parameters"

@@ -73,23 +73,24 @@ def open_budget(
     file = FileSize(name, empty, tokenizer, config.for_type, space, limits)
     odd = {kind: block for kind, block in _blocks(config, space).items() if config.round_to and config.round_to % block}
     found = (
-        f"--round-to {config.round_to} is no multiple of {max(odd.values(), default=1)}, the block of {config.for_type}"
+        f"--round-to {config.round_to} is not a multiple of {max(odd.values(), default=1)}, the block of "
+        f"{config.for_type}"
     )
     if config.target_bytes is None:
         budget = params_budget(config, space, limits)
-        remark = f"{found}: {_odd_cost(file, limits)}; leave --round-to out"
+        remark = f"{found}: {_odd_cost(file, limits)}; remove --round-to"
         return Budget(budget.measure, budget.target, file, (remark,) if odd else ())
     if odd:
         raise BudgetError(
-            f"{found}: {_odd_cost(file, limits)}, and a smaller shape could have a larger file, so that no target in "
-            "bytes could be kept; leave --round-to out"
+            f"{found}: {_odd_cost(file, limits)}, and a smaller shape could have a larger file, so a target in bytes "
+            "cannot be guaranteed; remove --round-to"
         )
     unit = f"bytes of {config.for_type}"
     check_target(space, limits, config.target_bytes, "--target-bytes", file, unit)
     if config.target_bytes < file(limits.source) and not can_land(limits.source, limits, file, config.target_bytes):
         raise BudgetError(
-            f"--target-bytes {config.target_bytes:,}: no legal shape lies within one FFN tile under it (tiles "
-            f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); ask for another size, or lower a floor"
+            f"--target-bytes {config.target_bytes:,}: no legal shape lies within one FFN tile below it (tiles "
+            f"{shape_text(limits.tile)}; floors {shape_text(limits.floor)}); give another size, or lower a floor"
         )
     return Budget(file, config.target_bytes, file)
 
@@ -107,4 +108,4 @@ def _odd_cost(file: "FileSize", limits: Limits) -> str:
     smaller = {name: max(size - limits.tile[name], limits.floor[name]) for name, size in limits.source.items()}
     smaller |= {**of_kind(limits.source, "kv"), **of_kind(limits.source, "query")}
     bits = [8 * file.written(shape) / file.space.num_params(shape) for shape in (limits.source, smaller)]
-    return f"rows of other lengths are stored in larger types, {bits[1]:.1f} bits per weight for {bits[0]:.1f}"
+    return f"rows of other lengths are stored in larger types, {bits[1]:.1f} bits per weight instead of {bits[0]:.1f}"

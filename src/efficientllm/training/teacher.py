@@ -1,4 +1,4 @@
-"""The frozen teacher of `--distill`: found and checked before a run, asked once a micro-batch while it goes on."""
+"""The frozen teacher of `--distill`: found and checked before a run, asked once per micro-batch during it."""
 
 from collections.abc import Sequence
 from types import MethodType
@@ -23,7 +23,7 @@ PARTS = ("ce", "kl", "hidden_distance")  # of the loss, as metrics.jsonl has the
 
 
 class Teacher:
-    """A model that only looks: frozen, in evaluation mode, whole or sharded as the engine has it.
+    """A frozen model in eval mode, whole or sharded as the engine has it.
 
     Args:
         model: on the CPU; where it is sharded it may be mapped from a file.
@@ -66,7 +66,7 @@ class Teacher:
 
 
 def returns_states_(model: nn.Module) -> None:
-    """Makes a decoder's forward pass return what its head reads, and the head's weights as they stand in the pass."""
+    """Makes a decoder's forward pass return what its head reads, and the head's weights as they are in the pass."""
 
     def forward(self: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(input_ids=input_ids, use_cache=False).last_hidden_state, self.lm_head.weight
@@ -107,12 +107,12 @@ def open_teacher(config: RunConfig, space: Space, tokenizer: "PreTrainedTokenize
     longest = getattr(model_config, "max_position_embeddings", config.seq_len)
     if config.seq_len > longest:
         raise ConfigError(
-            f"{asked}: its max_position_embeddings {longest} is below --seq-len {config.seq_len}; lower it"
+            f"{asked}: its max_position_embeddings {longest} is below --seq-len {config.seq_len}; lower --seq-len"
         )
     if config.distill_hidden is not None and found.shape["hidden"] != space.shape["hidden"]:
         raise ConfigError(
             f"--distill-hidden compares hidden dimensions one by one, and {asked} has {found.shape['hidden']} where "
-            f"{config.model} has {space.shape['hidden']}; leave it out, or take the source for a teacher"
+            f"{config.model} has {space.shape['hidden']}; remove it, or use the source as the teacher"
         )
     return found
 
@@ -130,7 +130,7 @@ def load_teacher(config: RunConfig, engine: Engine) -> "PreTrainedModel | None":
     """
     if config.distill is None:
         return None
-    # what only looks needs no float32 beside bf16 products, and under FSDP stays mapped from its file
+    # a frozen model needs no float32 beside bf16 products, and under FSDP stays mapped from its file
     dtype = torch.float32 if engine.name != "fsdp" and engine.precision == "float32" else None
     return load_model(teacher_name(config), dtype=dtype, trust_remote_code=config.trust_remote_code)
 
@@ -143,7 +143,7 @@ def _check_tokenizer(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") ->
     if differing is not None:
         found = f"token {differing!r} is {theirs.get(differing)} there and {mine.get(differing)} here"
     elif tokenizer_fingerprint(other, "none") != tokenizer_fingerprint(tokenizer, "none"):
-        found = "it splits text by other rules"
+        found = "it splits text by different rules"
     else:
         return
     raise ConfigError(

@@ -16,6 +16,7 @@ from efficientllm.distributed.checkpoint import Checkpoint
 from efficientllm.distributed.device import is_out_of_memory
 from efficientllm.distributed.engine import Engine
 from efficientllm.errors import TrainingError
+from efficientllm.numbers import counted
 from efficientllm.pruning import Pruner
 from efficientllm.space import Limits
 from efficientllm.space.dims import widths
@@ -47,7 +48,7 @@ class Trainer:
     Attributes:
         step: steps done, those skipped for a loss that is not finite included.
         metrics: the figures of the steps done.
-        batches: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to begin at
+        batches: this rank's part of the batches, token ids (rows, seq_len) on the device, set by the caller to start at
             `step`.
         micro_batch_size: rows of a forward pass; halved when memory runs out.
     """
@@ -134,7 +135,7 @@ class Trainer:
         self.pruner.scorer.fishers = fishers
         self.pruner.score()  # before clipping: the Fisher form is not indifferent to it
         clip_grads_with_norm_(self.model.parameters(), CLIP, norm)
-        # the fused AdamW leaves everything as it is where this is 1; the pace and the data go on
+        # the fused AdamW leaves everything as it is where this is 1; the pace and the data continue
         self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,7 +157,7 @@ class Trainer:
         return "train" if self.pruner.done else "prune"
 
     def row(self, phase: str) -> dict[str, Any]:
-        """Returns where the run stands, as a row of metrics without the figures of a step."""
+        """Returns the state of the run, as a row of metrics without the figures of a step."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -244,19 +245,19 @@ class Trainer:
         """Makes the micro-batches half as large and forgets the pass that was too large."""
         size = math.gcd(self.micro_batch_size, rows)
         smaller = max((each for each in divisors(rows) if 2 * each <= size), default=0)
-        found = f"out of memory with {size} rows of {self.config.seq_len} tokens a pass"
+        found = f"out of memory with {counted(size, 'row')} of {self.config.seq_len} tokens per pass"
         if not smaller:
             ways = ["more ranks with --engine fsdp"]
             if self.config.activation_checkpointing != "full":
                 ways.insert(0, "--activation-checkpointing full")
-            less = ", or leave --distill out" if self.teacher else ""
-            raise TrainingError(f"{found}; take {' or '.join(ways)}{less}")
+            less = ", or remove --distill" if self.teacher else ""
+            raise TrainingError(f"{found}; use {' or '.join(ways)}{less}")
         if self.engine.num_ranks > 1:  # the others wait for a sum that this rank will not come to
             raise TrainingError(
-                f"rank {self.engine.rank} is {found}; go on with --micro-batch-size {smaller}", one_rank=True
+                f"rank {self.engine.rank} is {found}; continue with --micro-batch-size {smaller}", one_rank=True
             )
         self.micro_batch_size = smaller
-        self._notes.append(f"{found}; going on with {smaller}")
+        self._notes.append(f"{found}; continuing with {smaller}")
         self.optimizer.zero_grad(set_to_none=True)
         self.pruner.forget_inputs()
         if self.engine.device.type == "cuda":
@@ -264,7 +265,7 @@ class Trainer:
 
     def _passes(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         engine = self.engine
-        # a run may go on with another number of ranks, whose rows the micro-batch size must divide too
+        # a run may continue with another number of ranks, whose rows the micro-batch size must divide too
         micro_batches = torch.split(batch, math.gcd(self.micro_batch_size, len(batch)))
         scored = self.config.saliency == "taylor2" and (self.pruner.is_due(step) or self.config.score_ema > 0)
         fisher = Fisher(self.model, len(micro_batches)) if scored and not self.pruner.done else None

@@ -60,7 +60,7 @@ def test_every_family_is_written_and_read_back(
     model = save(tmp_path / "m", name, heads, **TINY[name].plain_gguf)
     out = export(tmp_path / "m")
     said = capsys.readouterr().out
-    assert "read back" in said and "not loaded in llama.cpp" in said and "efficientllm[llamacpp]" in said
+    assert "read back" in said and "not checked in llama.cpp" in said and "efficientllm[llamacpp]" in said
     stored = sum(tensor.n_elements for tensor in gguf.GGUFReader(out).tensors)
     params = sum(param.numel() for param in model.parameters())
     assert stored > params if TINY[name].widened else stored == params  # wider by zeros, as its graph wants
@@ -196,7 +196,7 @@ def test_types(type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     bits = 8 * sum(tensor.n_bytes for tensor in reader.tensors) / sum(tensor.n_elements for tensor in reader.tensors)
     said = capsys.readouterr().out
     assert f"{type}: {bits:.2f} bits per weight" in said
-    assert ("80 columns are no multiple of 32" in said) == (wanted not in (T.F32, T.F16, T.BF16))
+    assert ("80 columns are not a multiple of 32" in said) == (wanted not in (T.F32, T.F16, T.BF16))
 
 
 def test_k_types_fall_back_and_mix_as_llama_cpp_has_it() -> None:
@@ -289,7 +289,7 @@ def word_level() -> Any:
 
 REFUSED_TOKENIZERS: list[tuple[Callable[[], Any], str]] = [
     (word_level, "a WordLevel tokenizer"),
-    (lambda: byte_level_tokenizer([pre_tokenizers.Punctuation()]), "Punctuation as it is set"),
+    (lambda: byte_level_tokenizer([pre_tokenizers.Punctuation()]), "Punctuation with these settings"),
     (lambda: sentence_piece_tokenizer([("h", "e"), ("t", "he"), ("t", "h")]), "its merges lack 'th' + 'e'"),
     (lambda: sentence_piece_tokenizer([("h", "e"), ("t", "h"), ("t", "he"), ("i", "n"), ("th", "e")]), "interleave"),
 ]
@@ -317,7 +317,7 @@ def test_tokenizers_that_llama_cpp_has_not(make: Callable[[], Any], words: str) 
         ),
         ("llama", {"hidden_act": "relu"}, "the activation 'relu'"),
         ("smollm3", {"no_rope_layers": [0, 1]}, "no_rope_layers other than every fourth"),
-        ("gemma", {"tie_word_embeddings": False}, "an output head of its own"),
+        ("gemma", {"tie_word_embeddings": False}, "an untied output head"),
     ],
 )
 def test_models_that_llama_cpp_computes_otherwise(
@@ -360,7 +360,7 @@ def refusal(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         ("--to ggml --type q8_0 --out OUT", ["--to ggml", "did you mean gguf"]),
         ("--to gguf --out OUT", ["--type is missing"]),
         ("--to gguf --type f16", ["--out is missing"]),
-        ("--to gguf --type f16 --dtype bf16 --out OUT", ["--dtype bf16", "leave it out"]),
+        ("--to gguf --type f16 --dtype bf16 --out OUT", ["--dtype bf16", "does not apply to --to gguf", "remove it"]),
         ("--to hf --out OUT", ["--dtype is missing"]),
         ("--to hf --dtype int4 --out OUT", ["--dtype int4"]),
         ("--to hf --dtype bf16 --shard-size big --out OUT", ["--shard-size big"]),

@@ -105,7 +105,7 @@ def test_is_the_size_that_llama_cpp_s_quantiser_writes(name: str, shape: tuple[i
 def test_a_model_whose_widths_must_stay() -> None:
     """A Phi-3 that rotates a part of each head fits llama.cpp only where heads × head size is the hidden size."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    with pytest.raises(UnsupportedModelError, match=r"beside hidden_size.*--min-hidden 32 --min-kv 4"):
+    with pytest.raises(UnsupportedModelError, match=r"with hidden_size.*--min-hidden 32 --min-kv 4"):
         measure_of("phi3", "q8_0", "a-phi3", byte_level_tokenizer(), 1, hidden_size=32, rope_parameters=rope)
 
 

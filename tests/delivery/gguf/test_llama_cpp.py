@@ -189,7 +189,7 @@ def split(pattern: str) -> Any:
 def test_tokenizers(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The export compares TEXTS itself; here also that it would notice."""
     save(tmp_path / "m", "llama", tokenizer=tokenizer)
-    assert f"{len(TEXTS) + 1} texts tokenised alike" in export(tmp_path / "m", "f32", capsys)
+    assert f"{len(TEXTS) + 1} texts tokenised identically" in export(tmp_path / "m", "f32", capsys)
     found = in_child("llama.cpp", llama_cpp.tokens, f"{tmp_path}/m.gguf", TEXTS)
     same = [ids == tokenizer(text)["input_ids"] for ids, text in zip(found, TEXTS, strict=True)]
     assert all(same) or ([text for text, is_same in zip(TEXTS, same, strict=True) if not is_same] == [TEXTS[3]])
@@ -215,7 +215,7 @@ def test_tokens_of_a_chat(make: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_real_model(type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "stories.gguf"
     assert main(["export", str(STORIES), "--to", "gguf", "--type", type, "--out", str(out)]) == 0
-    assert "tokenised alike" in capsys.readouterr().out
+    assert "tokenised identically" in capsys.readouterr().out
 
 
 def test_a_runs_own_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ class Architecture:
         scalings: kinds of rotary scaling it computes, beside "default".
         partial: only a part of each head may be rotated.
         windows: sliding windows are computed; elsewhere the context is cut to the window, where both are the same.
-        per_layer: layers may have widths of their own, which stand in the metadata as lists.
+        per_layer: layers may differ in width; the metadata holds the widths as lists.
     """
 
     permuted: bool = False
@@ -62,7 +62,7 @@ def _is_bidirectional(config: Any) -> bool:
 
 
 ANY_ROPE = ("linear", "yarn", "llama3", "longrope")
-UNTIED = {"an output head of its own": _is_untied}
+UNTIED = {"an untied output head": _is_untied}
 BIDIRECTIONAL = {"bidirectional attention": _is_bidirectional}
 ARCHITECTURES = {
     "llama": Architecture(
@@ -116,7 +116,7 @@ CANDIDATES = {
 }
 # Where layers have widths of their own: the one graph that takes lists of them is Llama's function, nothing more.
 PER_LAYER = ("llama", "mistral", "qwen2", "smollm3", "phi3")
-QK_NORM, GEMMA = "no norm of queries and keys", "neither Gemma's norms nor its GELU"
+QK_NORM, GEMMA = "no query and key norms", "neither Gemma's norms nor its GELU"
 LACKING = {
     "qwen3": QK_NORM,
     "olmo2": QK_NORM,
@@ -135,18 +135,20 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
         per_layer: whether layers shall be able to have widths of their own, even if they have not yet.
 
     Raises:
-        UnsupportedModelError: none does; names what stands in the way.
+        UnsupportedModelError: none does; names the reasons.
     """
     names = CANDIDATES.get(config.model_type)
     if names is None:
         raise UnsupportedModelError(
-            f"GGUF: model_type '{config.model_type}' is not among {', '.join(CANDIDATES)}; export it with llama.cpp"
+            f"GGUF: model_type '{config.model_type}' is not one of {', '.join(CANDIDATES)}; convert it with "
+            "llama.cpp's own tools"
         )
     if per_layer or config.is_heterogeneous:
         if config.model_type not in PER_LAYER:
             raise UnsupportedModelError(
-                f"GGUF: llama.cpp's one architecture for layers with widths of their own, deci, has "
-                f"{LACKING[config.model_type]}, so that no {config.model_type} fits; prune it with --layout uniform"
+                "GGUF: deci, llama.cpp's only architecture for layers that differ in width, has "
+                f"{LACKING[config.model_type]}, so it cannot hold a {config.model_type} model; prune it with --layout "
+                "uniform"
             )
         if any(getattr(layer, "skip", None) or not layer.intermediate_size for layer in _layers(config)):
             raise UnsupportedModelError("GGUF: a layer lacks its attention or feed-forward part; deci needs both")
@@ -155,8 +157,8 @@ def find_architecture(config: Any, biases: set[str], per_layer: bool = False) ->
     for name, reason in reasons.items():
         if reason is None:
             return name
-    found = "; ".join(f"{name} has no room for {reason}" for name, reason in reasons.items())
-    raise UnsupportedModelError(f"GGUF: no architecture of llama.cpp fits this {config.model_type}: {found}")
+    found = "; ".join(f"{name} does not support {reason}" for name, reason in reasons.items())
+    raise UnsupportedModelError(f"GGUF: no llama.cpp architecture fits this {config.model_type} model: {found}")
 
 
 def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str | None:
@@ -164,7 +166,7 @@ def _refusal(architecture: Architecture, config: Any, biases: set[str]) -> str |
     if architecture.square and not architecture.widened:
         heads, size, hidden = config.num_attention_heads, head_dim(config), config.hidden_size
         if heads * size != hidden:
-            return f"{heads} heads × {size} = {heads * size} beside hidden_size {hidden}"
+            return f"{heads} heads × {size} = {heads * size} with hidden_size {hidden}"
     if extra := sorted(biases - architecture.biases):
         return f"a bias in {extra[0]}"
     kind = rope_parameters(config).get("rope_type", "default")

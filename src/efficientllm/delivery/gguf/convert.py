@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}  # of the largest logit: the runtime rounds activations as weights
 HALF_GELU = (
-    1e-2  # its CPU code looks GELU up in a table of half-precision numbers: Gemma's float32 is no better than that
+    1e-2  # its CPU code reads GELU from a table of half-precision numbers: Gemma's float32 is no better than that
 )
 WIDENED_TOKENS = 64  # that a widened model is compared on
 HEADER_BYTES = 4096  # about what the file holds beside tensors and vocabulary
@@ -50,14 +50,18 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
     tokenizer = load_tokenizer(model, trust_remote_code)
     contents = find_contents(title(model), empty, tokenizer, type, find_architecture(config, biases(empty)))
     context = context_length(config, contents.name)
-    print(f"{model} ({config.model_type}) under llama.cpp's architecture {contents.name}")
+    print(f"{model} ({config.model_type}) as llama.cpp architecture {contents.name}")
     if config is not own:
         print(
-            f"  wider by zeros, since there heads × head size is the hidden size: {own.hidden_size} and "
-            f"{own.num_attention_heads} heads become {config.hidden_size} and {config.num_attention_heads}"
+            "  padded with zeros, because there the hidden size must be heads × head size: hidden size "
+            f"{own.hidden_size} with {own.num_attention_heads} heads becomes {config.hidden_size} with "
+            f"{config.num_attention_heads}"
         )
     if context < config.max_position_embeddings:
-        print(f"  context cut to {context:,} tokens, the sliding window: it has none, and needs none up to there")
+        print(
+            f"  context cut to {context:,} tokens, the size of the sliding window: the architecture has none, and "
+            "needs none up to that length"
+        )
     shape = {
         "num_layers": config.num_hidden_layers,
         "many_groups": has_many_groups(contents),
@@ -80,20 +84,20 @@ def export_gguf(model: str, type: str, out: Path, *, ids: list[int], overwrite: 
             write_gguf(partial, contents, plans, weights)
         worst = check_file(partial, contents, plans, weights)
         count = f"{len(plans)} tensors and {len(contents.values)} values"
-        print(f"read back: {count} are the model's, the furthest by {worst:.1e} of its size")
+        print(f"read back: {count} match the model, the worst tensor to within {worst:.1e} of its size")
         if llama_cpp.is_installed():
             half_gelu = type == "f32" and ARCHITECTURES[contents.name].activation != "silu"
             tolerance = HALF_GELU if half_gelu else TOLERANCE.get(type)
             _prove_in_llama_cpp(partial, loaded, tokenizer, ids, context, tolerance)
         else:
-            print(f"not loaded in llama.cpp, which is not installed; to check it there: {llama_cpp.EXTRA}")
+            print(f"not checked in llama.cpp, which is not installed; to check it there: {llama_cpp.EXTRA}")
         put(partial, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes, {bits_per_weight(plans):.2f} bits per weight")
 
 
 def _widened(model: "PreTrainedModel", ids: list[int]) -> "PreTrainedModel":
-    """Returns the model wider by zeros, after it has shown that it computes the same.
+    """Returns the model padded with zeros, after a check that it computes the same.
 
     Raises:
         EfficientLLMError: it does not.
@@ -107,7 +111,7 @@ def _widened(model: "PreTrainedModel", ids: list[int]) -> "PreTrainedModel":
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE["f32"]:
         raise EfficientLLMError(
-            f"made wider by zeros it is another model, by {difference:.1e} of the largest logit; report this as a bug"
+            f"padding with zeros changed its logits, by {difference:.1e} of the largest; report this as a bug"
         )
     return wide
 
@@ -140,15 +144,15 @@ def _prove_in_llama_cpp(
     given = texts
     if swallows_space(tokenizer):
         given = tuple(text.removeprefix(" ") for text in texts)
-        print("  a text that begins with a space gets another one in llama.cpp, as from SentencePiece itself")
+        print("  note: if a text starts with a space, llama.cpp adds another one, as SentencePiece itself does")
     theirs = in_child("llama.cpp", llama_cpp.tokens, str(path), given)
     ours = [list(tokenizer(text)["input_ids"]) for text in texts]
     for text, got, expected in zip(texts, theirs, ours, strict=True):
         if got != expected:
             at = next((n for n, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), 0)
             raise EfficientLLMError(
-                f"{path.name}: llama.cpp tokenises {text[:40]!r} otherwise: {got[at : at + 5]} for "
-                f"{expected[at : at + 5]} at token {at}; the tokenizer cannot be carried over"
+                f"{path.name}: llama.cpp tokenises {text[:40]!r} differently: {got[at : at + 5]} instead of "
+                f"{expected[at : at + 5]} at token {at}; the tokenizer cannot be exported"
             )
     rows = held_out_rows(ids or ours[-1], context)
     found = in_child("llama.cpp", llama_cpp.logits, str(path), rows)
@@ -156,8 +160,8 @@ def _prove_in_llama_cpp(
         reference = model(input_ids=torch.tensor(rows), use_cache=False).logits.float().numpy()
     comparison = compare(found, reference, rows)
     print(
-        f"llama.cpp: {len(texts)} texts tokenised alike; {len(rows)} × {len(rows[0])} tokens"
-        f"{' that the run held out' if ids else ''}: {comparison}"
+        f"llama.cpp: {len(texts)} texts tokenised identically; {len(rows)} × {len(rows[0])} "
+        f"{'held-out ' if ids else ''}tokens: {comparison}"
     )
     good = (
         comparison.difference <= tolerance
@@ -165,4 +169,4 @@ def _prove_in_llama_cpp(
         else comparison.perplexity <= WORST_RATIO * comparison.reference
     )
     if not good:
-        raise EfficientLLMError(f"{path.name}: in llama.cpp it is another model ({comparison}); no file is left")
+        raise EfficientLLMError(f"{path.name}: llama.cpp computes something else ({comparison}); no file was kept")

@@ -37,7 +37,7 @@ ERROR = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model's file holds, whatever the types of its tensors.
+    """What a model's file holds, apart from the types of its tensors.
 
     Attributes:
         name: llama.cpp's architecture.
@@ -120,7 +120,7 @@ def check_file(path: Path, contents: Contents, plans: Sequence[Plan], weights: M
     """Reads a file back and compares everything in it with the model; returns the largest relative error of a tensor.
 
     Raises:
-        EfficientLLMError: a value or tensor is missing, too many, or not the model's.
+        EfficientLLMError: a value or tensor is missing, unexpected, or not the model's.
     """
     reader = gguf.GGUFReader(path)
     for key, value in {"general.architecture": contents.name, **contents.values}.items():
@@ -132,14 +132,14 @@ def check_file(path: Path, contents: Contents, plans: Sequence[Plan], weights: M
             )
     planned = {plan.name: plan for plan in plans}
     if extras := {tensor.name for tensor in reader.tensors} ^ set(planned):
-        raise EfficientLLMError(f"{path}: tensor '{min(extras)}' is missing or too many; report this as a bug")
+        raise EfficientLLMError(f"{path}: tensor '{min(extras)}' is missing or unexpected; report this as a bug")
     worst = 0.0
     for tensor in reader.tensors:
         plan, piece = planned[tensor.name], contents.pieces.get(tensor.name)
         array = dequantize(np.asarray(tensor.data), tensor.tensor_type)
         if tensor.tensor_type != plan.type or array.shape != plan.shape:
             raise EfficientLLMError(
-                f"{path}: '{tensor.name}' is {tensor.tensor_type.name} {array.shape}, planned was {plan.type.name} "
+                f"{path}: '{tensor.name}' is {tensor.tensor_type.name} {array.shape}, not the planned {plan.type.name} "
                 f"{plan.shape}; report this as a bug"
             )
         found, expected = (
@@ -151,7 +151,7 @@ def check_file(path: Path, contents: Contents, plans: Sequence[Plan], weights: M
         if not error <= ERROR[plan.type]:
             raise EfficientLLMError(
                 f"{path}: '{tensor.name}' ({plan.type.name}) differs from the model by {error:.2g} of its size, more "
-                f"than its type explains ({ERROR[plan.type]}); report this as a bug"
+                f"than the rounding of its type ({ERROR[plan.type]}); report this as a bug"
             )
         worst = max(worst, error)
     return worst

@@ -116,7 +116,7 @@ def _architectures(empty: "PreTrainedModel", limits: Limits) -> dict[bool, str]:
             names[square] = find_architecture(config, biases(empty))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
-                f"{error}: what is left of it could not be exported; prune feed-forward channels alone "
+                f"{error}: the pruned model could not be exported; prune feed-forward channels only "
                 f"(--min-hidden {limits.source['hidden']} --min-kv {limits.source['kv']})"
             ) from None
     return names

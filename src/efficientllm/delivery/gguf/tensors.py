@@ -107,7 +107,7 @@ def pieces(model: Any, name: str) -> list[Piece]:
 
 
 def _layer_config(param: str, config: Any) -> Any:
-    """Returns the config of the layer that a parameter stands in, the first layer's for those outside."""
+    """Returns the config of the layer that a parameter is in, the first layer's for those outside."""
     return config.per_layer_config[layer_of(param) or 0]
 
 

@@ -53,7 +53,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) ->
     kind = content["model"]["type"]
     if kind != "BPE":
         raise UnsupportedModelError(
-            f"GGUF: a {kind} tokenizer; only BPE can be carried over (byte-level, or SentencePiece's)"
+            f"GGUF: a {kind} tokenizer cannot be exported; use a model with a BPE one (byte-level, or SentencePiece's)"
         )
     special = _piece_scores(content) if content["model"].get("byte_fallback") else _merges(content)
     values = special | _tokens(content, vocab_size, byte_fallback="scores" in special)
@@ -98,8 +98,8 @@ def _tokens(content: dict[str, Any], vocab_size: int, byte_fallback: bool) -> di
     }
     if len(by_id) and max(by_id) >= vocab_size:
         raise UnsupportedModelError(
-            f"GGUF: the tokenizer has ids up to {max(by_id)}, the model's vocabulary {vocab_size} rows; "
-            "they do not belong together"
+            f"GGUF: the tokenizer has ids up to {max(by_id)}, but the model's vocabulary has only {vocab_size} rows; "
+            "get both from one source"
         )
     unknown = content["model"].get("unk_token")
     texts: list[str] = []
@@ -117,7 +117,7 @@ def _tokens(content: dict[str, Any], vocab_size: int, byte_fallback: bool) -> di
         else:
             kind = TokenType.NORMAL
         if kind == TokenType.USER_DEFINED and byte_fallback and text:
-            text = text.replace(SPACE, " ")  # llama.cpp looks for them before it escapes spaces
+            text = text.replace(SPACE, " ")  # llama.cpp searches for them before it escapes spaces
         texts.append(f"[PAD{number}]" if text is None else text)
         kinds.append(int(kind))
     values: dict[str, Value] = {"tokens": texts, "token_type": kinds}
@@ -142,15 +142,15 @@ def _merges(content: dict[str, Any]) -> dict[str, Value]:
         elif step["type"] == "Digits" and step["individual_digits"]:
             names.append("Digits")
         else:
-            names.append(step["type"] + " as it is set")
+            names.append(step["type"] + " with these settings")
     if not steps or steps[-1]["type"] != "ByteLevel":
-        names = ["none that ends byte-level"]
+        names = ["one that does not end with ByteLevel"]
     found = PRE_TOKENIZERS.get((tuple(names), bool(content["model"].get("ignore_merges"))))
     if found is None:
-        raise UnsupportedModelError(f"GGUF: llama.cpp has no name for this pre-tokenizer: {', '.join(names)}")
+        raise UnsupportedModelError(f"GGUF: llama.cpp does not know this pre-tokenizer: {', '.join(names)}")
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["model"]["merges"]]
     if not merges:
-        raise UnsupportedModelError("GGUF: a byte-level tokenizer without merges; llama.cpp wants some")
+        raise UnsupportedModelError("GGUF: a byte-level tokenizer without merges; llama.cpp needs at least one")
     return {"model": "gpt2", "pre": found, "merges": merges, "add_space_prefix": False}
 
 
@@ -172,11 +172,11 @@ def _piece_scores(content: dict[str, Any]) -> dict[str, Value]:
             pass  # Gemma's: all spaces have been replaced by then
         else:
             raise UnsupportedModelError(
-                f"GGUF: llama.cpp's SentencePiece has no step {step['type']} as this tokenizer has it"
+                f"GGUF: llama.cpp's SentencePiece does not support this tokenizer's step {step['type']}"
             )
     vocab: dict[str, int] = content["model"]["vocab"]
     if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]:
-        raise UnsupportedModelError(f"GGUF: byte fall-back without a token for byte {missing[0]}")
+        raise UnsupportedModelError(f"GGUF: the tokenizer's byte fallback has no token for byte {missing[0]}")
     added = {token["content"] for token in content["added_tokens"]}
     ranks: dict[str, tuple[int, int]] = {}  # first and last rank of the merges that make a piece
     pairs = set()
@@ -191,14 +191,14 @@ def _piece_scores(content: dict[str, Any]) -> dict[str, Value]:
             left, right = piece[:cut], piece[cut:]
             if left in vocab and right in vocab and (left, right) not in pairs:
                 raise UnsupportedModelError(
-                    f"GGUF: its merges lack '{left}' + '{right}', so they are no SentencePiece model's and llama.cpp "
-                    "would tokenise otherwise"
+                    f"GGUF: its merges lack '{left}' + '{right}', so they are not a SentencePiece model's, and "
+                    "llama.cpp would tokenise differently"
                 )
     ordered = sorted(ranks, key=lambda piece: ranks[piece])
     for piece, later in pairwise(ordered):
         if ranks[piece][1] > ranks[later][0]:
             raise UnsupportedModelError(
-                f"GGUF: merges of '{piece}' and '{later}' interleave; llama.cpp would tokenise otherwise"
+                f"GGUF: merges of '{piece}' and '{later}' interleave; llama.cpp would tokenise differently"
             )
     scores = [0.0] * (max(vocab.values()) + 1)
     for piece, (first, _) in ranks.items():
@@ -217,5 +217,5 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Value]:
         if whole == [ids["bos"]] * bos + plain + [ids["eos"]] * eos:
             return values | {"add_bos_token": bos, "add_eos_token": eos}
     raise UnsupportedModelError(
-        f"GGUF: the tokenizer puts {whole} around {plain}, which is neither its BOS nor its EOS"
+        f"GGUF: the tokenizer turns the ids {plain} into {whole}, which is not just its BOS and EOS around them"
     )

@@ -1,7 +1,7 @@
 """What each tensor of a GGUF file becomes: llama.cpp's own rules, and the bits per weight that follow.
 
 Mirrors `llama_tensor_get_type_impl` and `tensor_type_fallback` of llama.cpp's src/llama-quant.cpp (October 2026) for
-the types offered here; tests/test_llama_cpp.py compares with what llama.cpp's quantiser really writes.
+the types offered here; tests/delivery/gguf/test_llama_cpp.py compares with what llama.cpp's quantiser really writes.
 """
 
 import re
@@ -27,7 +27,7 @@ TYPES: dict[str, tuple[T, LlamaFileType]] = {  # by --type: most tensors' type, 
 }
 PLAIN = (T.F32, T.F16, T.BF16)
 K_TYPES = (T.Q4_K, T.Q5_K, T.Q6_K)  # blocks of 256 columns; `gguf` reads them, only llama.cpp writes them
-FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}  # where columns are no multiple of 256
+FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}  # where columns are not a multiple of 256
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan_types(
 
     Args:
         num_layers, many_groups: of the model; 80 layers with several queries a key have their own rule.
-        k_types: whether Q4_K, Q5_K, Q6_K can be written; without them their fall-backs stand in.
+        k_types: whether Q4_K, Q5_K, Q6_K can be written; without them their fallbacks are used.
     """
     tensors = list(tensors)
     is_tied = all(name != "output.weight" for name, _ in tensors)
@@ -128,7 +128,7 @@ def type_lines(plans: Sequence[Plan], type: str) -> list[str]:
     for kind in sorted({(plan.wanted, plan.type, plan.shape[-1]) for plan in plans if plan.type != plan.wanted}):
         wanted, got, columns = kind
         block = GGML_QUANT_SIZES[wanted][0]
-        why = f"{columns} columns are no multiple of {block}" if columns % block else "only llama.cpp can write it"
+        why = f"{columns} columns are not a multiple of {block}" if columns % block else "only llama.cpp can write it"
         lines.append(f"  {wanted.name} became {got.name}: {why}")
     return lines
 
