@@ -1,7 +1,5 @@
 """The site that `make docs` builds. Its source is the whole repository, so that links to READMEs and pictures hold."""
 
-import logging
-
 from sphinx.application import Sphinx
 
 from efficientllm import __version__
@@ -11,7 +9,15 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md", "experiments/**.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/*.md",
+    "benchmarks/*.md",
+    "experiments/**.md",
+]
 exclude_patterns = [".venv", ".git", "docs/_build", "src", "tests"]  # not walked through
 
 myst_heading_anchors = 3  # links such as README.md#scales
@@ -31,11 +37,6 @@ html_additional_pages = {"index": "redirect.html"}  # the first page is docs/ind
 html_copy_source = False
 html_show_sphinx = False
 html_use_index = False
-
-# A pattern in the index may match nothing. Sphinx gives that warning no type, so suppress_warnings cannot name it.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(
-    lambda record: getattr(record, "subtype", None) != "empty_glob"
-)
 
 
 def add_title(app: Sphinx, name: str, content: list[str]) -> None:

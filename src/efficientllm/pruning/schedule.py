@@ -35,7 +35,7 @@ class SlotPace:
     Attributes:
         slot_steps: N, the optimizer steps of one slot; below 1, several slots go by in a step.
         warmup_steps: steps before the first removal.
-        equal: every removal costs one slot, whatever its kind: a ratio of removals to steps (the paper's 4:1 to 1:9).
+        equal: every removal costs one slot, of any kind: a ratio of removals to steps (the paper's 4:1 to 1:9).
     """
 
     slot_steps: float
