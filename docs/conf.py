@@ -30,6 +30,8 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 add_module_names = False
 
+smartquotes = False  # `--` is a flag here
+
 html_theme = "furo"
 html_title = f"efficientllm {__version__}"
 templates_path = ["_templates"]

@@ -25,7 +25,7 @@ from efficientllm.flags import build_parser, check_flags
 from helpers.paths import DEMO_MODEL, ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-PROGRAM = re.compile(r"(\w+=\S+ )*(efficientllm|torchrun|python|make|pip|sbatch|for|llama-cli|ssh|git|docker)\s")
+PROGRAM = re.compile(r"(\w+=\S+ )*(efficientllm|torchrun|python|make|pip|sbatch|for|eval|llama-cli|ssh|git|docker)\s")
 HAS_LLAMA_CPP = find_spec("llama_cpp") is not None
 
 NAMES = {  # a placeholder in a command, and what stands for it
@@ -132,8 +132,9 @@ def commands(lines: Sequence[str], shell: bool = False) -> list[str]:
 
 
 def split(line: str) -> list[str]:
-    """A line's commands: the parts between semicolons, a loop's body once for its first value."""
-    line = re.sub(r"^(\w+=\S+ )+", "", line)
+    """A line's commands: the parts between semicolons, a loop's body once for its first value, what `eval` asks."""
+    line = re.sub(r"^(\w+=\S+ )+|\s>\s*\S+$", "", line)
+    line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)
     if loop := re.match(r"for (\w+) in (\S+)[^;]*; do (.*); done$", line):
         line = loop[3].replace(f"${loop[1]}", loop[2])
     return [part.strip() for part in line.split(";")] if "python -c" not in line else [line]
@@ -315,9 +316,20 @@ def test_flags_exist(page: str) -> None:
     wrong = []
     for span in re.findall(r"`([^`\n]+)`", text):
         wrong += unknown_flags(span)
-        first = re.match(r"--[a-z][\w-]*(?![\w-]|…)", span)  # `--min-…` is several
+        first = re.match(r"--[a-z][\w-]*(?![\w-]|[…*])", span)  # `--min-*` is several
         wrong += [f"no verb has {first[0]}"] if first and first[0] not in known else []
     assert not wrong, wrong
+
+
+def test_messages_in_troubleshooting_are_ours() -> None:
+    """What "the line says" must be what a line of the program says, up to names and numbers."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
+    source = re.sub(r'"\n\s*f?"', "", source)  # a message over several lines
+    lines = [line for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines() if line[:2] in ("| ", "- ")]
+    quoted = [quote for line in lines for quote in re.findall(r'"([^"]+)"', line.partition(" | ")[0])]
+    said = [part.strip(" .,;()'") for quote in quoted for part in re.split(r"…|\d+|RUN|\(|'model\.", quote)]
+    assert len(quoted) > 12
+    assert not (missing := [part for part in said if len(part) > 3 and part not in source]), missing
 
 
 def test_reasons_are_used() -> None:
