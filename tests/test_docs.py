@@ -82,6 +82,11 @@ NOT_RUN = {  # flags of efficientllm in them are checked all the same
 SLOW = re.compile(
     r"^efficientllm (bench|doctor)|--to onnx|llama2-70b"
 )  # a process for each model, or seconds of arithmetic
+LONG = (
+    "docs/tutorial.md",
+    "docs/edge.md",
+    "docs/distillation.md",
+)  # pages whose commands are all left to the slow tests
 PYTHON = {  # the same for blocks of Python
     "134_000_000": "450_000",
     "steps=8000, warmup_steps=500": "steps=2, warmup_steps=1",
@@ -300,7 +305,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("page", "slow"),
-    [*((page, False) for page in PAGES), *(pytest.param(p, True, marks=pytest.mark.slow) for p in PAGES)],
+    [
+        *((page, False) for page in PAGES if page not in LONG),
+        *(pytest.param(page, True, marks=pytest.mark.slow) for page in PAGES),
+    ],
 )
 def test_commands_run(
     page: str, slow: bool, folder: Path, done: dict[str, int], monkeypatch: pytest.MonkeyPatch
