@@ -17,6 +17,7 @@ include_patterns = [
     "docs/*.md",
     "benchmarks/*.md",
     "experiments/**.md",
+    "findings/*.md",
 ]
 exclude_patterns = [".venv", ".git", "docs/_build", "src", "tests"]  # not walked through
 
