@@ -70,12 +70,12 @@ def test_zsh_completes(script: Path, line: str, offered: set[str], not_offered: 
 
 
 def zsh_screen(script: Path, line: str) -> str:
-    """What zsh writes from the line on until it is asked to print `done`."""
+    """What zsh writes from the line on until it is asked to print `done`; keys come when its line editor reads them."""
     program = f"""
 zmodload zsh/zpty
 zpty z zsh -f -i
 zpty -w z 'stty columns 200; PROMPT=; autoload -Uz compinit; compinit -u -D; eval "$(<{script})"'
-zpty -w z "bindkey '^T' list-choices; LISTMAX=1000; print rea''dy"
+zpty -w z "bindkey '^T' list-choices; LISTMAX=1000; zle-line-init() {{ print rea''dy }}; zle -N zle-line-init"
 until zpty -r z text && [[ $text == *ready* ]]; do :; done
 zpty -w -n z $'{line}\\x14\\x15'
 zpty -w z "print do''ne"
