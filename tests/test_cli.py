@@ -22,7 +22,7 @@ VERBS = ("inspect", "plan", "prepare", "prune", "report", "generate", "export", 
 
 def run_cli(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "efficientllm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
 
 
 def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "heavy = {'torch', 'transformers', 'datasets', 'grain', 'numpy'} & set(sys.modules)\n"
         "print(sorted(heavy), code, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert done.stderr == "[] 0\n"
     assert "efficientllm" in done.stdout
 
@@ -272,7 +272,7 @@ def test_control_c_leaves_with_130(tmp_path: Path) -> None:
     )
     with fifo.open("wb"):  # returns when the program has opened the other end, where it waits for us to write
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert (process.returncode, out, err) == (130, b"", b"")
 
 

@@ -123,5 +123,5 @@ def test_what_a_run_is_needs_neither_torch_nor_transformers(room: str) -> None:
     place = PACKAGE / room
     names = [module(file) for file in sorted(place.glob("*.py"))] if place.is_dir() else [f"efficientllm.{room}"]
     program = f"import sys, {', '.join(names)}\nprint(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout == "[]\n"

@@ -18,7 +18,7 @@ def test_the_program_is_called_as_it_can_be(on_path: bool, tmp_path: Path, monke
         (tmp_path / "efficientllm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
     assert (program() == "efficientllm") == on_path
-    done = subprocess.run(f"{program()} --version", shell=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(f"{program()} --version", shell=True, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stdout.startswith("efficientllm ")
 
 

@@ -681,7 +681,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def ask(server: Server, method: str = "GET", path: str = "/", **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
@@ -890,14 +890,14 @@ def test_a_run_followed_live_until_it_is_stopped(tmp_path: Path) -> None:
         assert process.stdout
         address = re.fullmatch(r"live page: http://127\.0\.0\.1:(\d+)/\n", process.stdout.readline())
         assert address
-        page, end = "", time.monotonic() + 120
+        page, end = "", time.monotonic() + 300
         while "Not finished: step" not in page and time.monotonic() < end:
             time.sleep(0.5)
-            connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=240)
             connection.request("GET", "/")
             page = connection.getresponse().read().decode()
             assert "first step" in page or "<svg" in page
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert "Not finished: step" in page and process.returncode == 128 + signal.SIGTERM
     assert not (Path(words[-2]) / "report.html").exists()  # of a run that has ended

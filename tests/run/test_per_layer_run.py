@@ -29,7 +29,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never interrupted, in a process of its own."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     process = start([*arguments(data, out), *SETTINGS])
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out
 
@@ -64,9 +64,9 @@ def test_resume_ends_with_the_same_bytes(finished: Path, data: Path, tmp_path: P
     process = start([*arguments(data, out), *SETTINGS])
     wait_for(lambda: num_rows(out) > 6, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     process = start(["prune", "--resume", "--out", str(out)])
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "at step 4" in output or "at step 8" in output
     assert result_bytes(out) == result_bytes(finished)

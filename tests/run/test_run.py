@@ -33,7 +33,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never interrupted, in a process of its own."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     process = start([*arguments(data, out), "--save-at", "590000", "--checkpoint-every", "4", "--eval-every", "5"])
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "validation loss: source" in output
     return out
@@ -96,12 +96,12 @@ def test_signal_saves_and_resume_ends_with_the_same_bytes(finished: Path, data: 
     process = start(words)
     wait_for(lambda: num_rows(out) > 6, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143
     assert f"continue with: {program()} prune --resume --out {out}" in output
     assert not (out / "model").exists()
     process = start(["prune", "--resume", "--out", str(out)])
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "resuming" in output and "at step 0" not in output
     assert result_bytes(out) == result_bytes(finished)
@@ -137,7 +137,7 @@ def test_damaged_checkpoint_falls_back(finished: Path, tmp_path: Path) -> None:
     damaged[-5] ^= 1
     shard.write_bytes(damaged)
     process = start(["prune", "--resume", "--out", str(out)])
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert f"{last.name} is damaged" in output
     assert f"resuming {out} at step {int(last.name[5:]) - 4}" in output
@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_line(data: Path, tmp_path: Path) -> None:
         arguments(data, tmp_path / "full"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "free up space" in errors and "Traceback" not in errors
     assert not list((tmp_path / "full/checkpoints").glob("step-*"))
@@ -330,7 +330,7 @@ def test_kill_at_any_moment(finished: Path, data: Path, tmp_path: Path, delay: f
         process.kill()
         process.communicate()
     process = start(["prune", "--resume", "--out", str(out)])
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert result_bytes(out) == result_bytes(finished)
 
@@ -342,10 +342,10 @@ def test_a_run_goes_on_when_its_text_is_gone(finished: Path, data: Path, tmp_pat
     process = start([*arguments(text, out), "--save-at", "590000", "--checkpoint-every", "4", "--eval-every", "5"])
     wait_for(lambda: num_rows(out) > 6, process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     text.unlink()
     command = output.splitlines()[-1].partition("continue with: ")[2]
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert result_bytes(out) == result_bytes(finished)

@@ -87,7 +87,7 @@ def test_a_broken_torch_is_one_line_and_the_rest_is_still_seen(tmp_path: Path) -
     write_package(tmp_path, "torch", BROKEN_TORCH)
     path = os.pathsep.join([str(tmp_path), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "efficientllm", "doctor", "--json"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "torch: ImportError: libcudart.so.13: cannot open shared object file; run pip install" in done.stderr
@@ -178,5 +178,5 @@ def test_it_loads_no_torch_itself() -> None:
     program = (
         "import sys; import efficientllm.terminal.doctor; print(sorted({'torch', 'rich', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout == "[]\n"

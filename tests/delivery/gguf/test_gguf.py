@@ -413,7 +413,7 @@ def test_no_space_is_one_line(tmp_path: Path) -> None:
         [sys.executable, "-m", "efficientllm", "export", str(tmp_path / "m"), *flags],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2
