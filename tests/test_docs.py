@@ -163,7 +163,7 @@ def tiny(command: str) -> list[str]:
             rest += [word for pair in zip(RUN[::2], RUN[1::2], strict=True) if pair[0] not in given for word in pair]
     if verb == "bench" and not HAS_LLAMA_CPP:
         rest = [word for word in rest if not word.endswith(".gguf")] or [str(DEMO_MODEL)]
-    more = SMALLER.get(verb, []) if "--resume" not in rest and rest[0] not in SHAPES else []
+    more = SMALLER.get(verb, []) if rest and "--resume" not in rest and rest[0] not in SHAPES else []
     return [verb, *rest, *(w for p in zip(more[::2], more[1::2], strict=True) if p[0] not in rest for w in p)]
 
 
