@@ -1,1 +1,1 @@
-"""Where a model comes from and where it goes: folders, the hub, text on a terminal."""
+"""Where a model goes: folders, the hub, files for devices, text on a terminal."""

@@ -14,10 +14,10 @@ from typing import Any
 from efficientllm import __version__
 from efficientllm.distributed.host import allowed_cpus, free_memory, physical_cores, total_memory
 from efficientllm.errors import EfficientLLMError
+from efficientllm.models.load import BF16_INSTRUCTIONS
 from efficientllm.terminal.packages import Package, is_allowed, read_claims, try_packages
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")  # as Linux names them
-BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 HUB_VARIABLES = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -102,7 +102,7 @@ def _processor() -> dict[str, Any]:
         "threads": len(allowed_cpus()),
         "machine_threads": os.cpu_count(),
         "instructions": [each for each in INSTRUCTIONS if each in flags] if flags else None,
-        "bf16": bool(BF16.intersection(flags)) if flags else None,
+        "bf16": bool(BF16_INSTRUCTIONS.intersection(flags)) if flags else None,
     }
 
 
